@@ -1,0 +1,63 @@
+# Everything here sets itself up: a machine with make and Python 3.11+ (with venv) is enough.
+
+# The first Python that is new enough and can make a venv; `make PYTHON=/path/to/python3.12 …` chooses another.
+find_python = for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done
+PYTHON ?= $(shell $(find_python))
+
+# The Pythons of `make test-all`: those that are there. `make test-all PYTHONS="/opt/python3.12/bin/python3 python3.13"`
+PYTHONS ?= python3.11 python3.12 python3.13
+
+PYTEST_ARGS ?= -n 2 --dist loadfile
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test check format golden test-all clean
+
+help:
+	@echo 'make demo      two upstreams, a fallback, and the relay on 127.0.0.1:2525'
+	@echo 'make test      the test suite'
+	@echo 'make check     ruff, mypy, and the import directions'
+	@echo 'make format    let ruff format and fix'
+	@echo 'make golden    rewrite the expected outputs in tests/golden; review the diff'
+	@echo 'make test-all  the test suite under each Python in PYTHONS that is there'
+	@echo 'make clean     remove environments and caches'
+
+demo: $(READY)
+	@$(BIN)/relay demo
+
+test: $(READY)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+check: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_layers.py
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+golden: $(READY)
+	$(BIN)/pytest -q --rewrite-golden
+
+$(READY): pyproject.toml
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || { echo 'relay needs Python 3.11 or newer, with venv' >&2; exit 1; }
+	@test -x $(BIN)/python || { echo 'setting up $(VENV) …'; $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+test-all:
+	@set -e; ran=; for python in $(PYTHONS); do \
+		version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) \
+			|| { echo "== $$python: not here"; continue; }; \
+		echo "== $$python: Python $$version"; \
+		$(MAKE) --no-print-directory test VENV=.venv-$$version PYTHON=$$python; ran="$$ran $$version"; \
+	done; test -n "$$ran" || { echo 'none of PYTHONS is here' >&2; exit 1; }; echo "== passed on$$ran"
+
+clean:
+	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find relay tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,234 @@
+"""`relay explain`: which route takes a message, which do not and why, and what the message looks like at each upstream.
+
+Sends nothing and needs no running relay; it asks the same router and the same rewriting as the relay itself. With `--outcomes` it
+prints the table of fates instead: what each reply or failure of an upstream leads to. Exit code 1: no route takes the message.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from relay.config.model import Config, Route
+    from relay.mail.envelope import Facts
+    from relay.mail.outcome import Row
+    from relay.routing import Router, Verdict
+
+_USAGE, _CONFIG_ERROR = 64, 78
+_SHOWN_VERDICTS = 20  # for a person; --json has them all
+_HEADER_LIMIT_OCTETS = 1024 * 1024  # what intake takes of a header block
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `explain` to the commands."""
+    parser = subparsers.add_parser("explain", help="which route takes a message, and why", description=__doc__.splitlines()[0])
+    parser.add_argument("--from", dest="sender", metavar="ADDRESS", help='the envelope sender; "<>" for the null sender')
+    parser.add_argument("--to", dest="recipient", metavar="ADDRESS", help="one recipient")
+    parser.add_argument("--client", default="127.0.0.1", metavar="IP", help="where the app connects from (default: %(default)s)")
+    parser.add_argument("--listener", metavar="NAME", help="where it connects to (default: the first listener)")
+    parser.add_argument("--message", metavar="FILE", help="a message whose header to use; - reads standard input")
+    parser.add_argument("--outcomes", action="store_true", help="print what each reply or failure of an upstream leads to")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Answer, and return the exit code."""
+    if options.outcomes:
+        return _show_outcomes(as_json=options.json)
+    if options.sender is None or options.recipient is None:
+        return _fail("--from and --to are needed", _USAGE)
+    from relay.config.findings import ConfigError
+    from relay.config.load import find_config, load
+    from relay.mail.address import AddressError
+    from relay.routing import Router
+
+    try:
+        config = load(find_config(options.config, os.environ))
+    except ConfigError as error:
+        return _fail("\n".join(map(str, error.findings)), _CONFIG_ERROR)
+    try:
+        content = _read_message(options.message) if options.message else None
+        router = Router(config)
+        answers = [_answer(config, router, facts, content) for facts in _facts(config, options, content)]
+    except AddressError as error:
+        return _fail(f"not an address: {error}", _USAGE)
+    except OSError as error:
+        return _fail(f"cannot read {options.message}: {error.strerror}", _USAGE)
+    print(_as_json(answers) if options.json else "\n\n".join(_as_text(answer) for answer in answers))
+    return 0 if all(answer["route"] and "reject" not in answer for answer in answers) else 1
+
+
+def _facts(config: "Config", options: argparse.Namespace, content: bytes | None) -> "list[Facts]":
+    """What the router will be asked: more than once where an alias stands for several recipients."""
+    from relay.mail.address import AddressError
+    from relay.mail.envelope import Facts, Origin
+    from relay.mail.header import from_address, scan, split
+    from relay.routing import expand_alias
+
+    sender, recipient = _address(options.sender or "<>", config), _address(options.recipient, config)
+    if not recipient:
+        raise AddressError("a recipient is never null")
+    header_from = from_address(scan(split(content)[0]).from_values) if content is not None else ""
+    origin = Origin(options.listener or config.listeners[0].name, options.client, header_from=header_from)
+    return [Facts(sender, address, origin) for address in expand_alias(recipient, config)]
+
+
+def _address(text: str, config: "Config") -> str:
+    """An address of the command line as the listener would take it."""
+    from relay.mail.address import AddressError, parse_path
+    from relay.routing import complete
+
+    address, rest = parse_path(text)
+    if rest:
+        raise AddressError(f"{text!r} is more than one address")
+    address = complete(address, config.domain)
+    if address and "@" not in address:
+        raise AddressError(f"{address} has no domain, and the configuration has none to complete it with")
+    return address
+
+
+def _answer(config: "Config", router: "Router", facts: "Facts", content: bytes | None) -> dict[str, Any]:
+    """Everything to say about one recipient, in the form of the JSON output."""
+    from relay.routing import upstreams_of
+
+    verdicts = router.explain(facts)
+    route = verdicts[-1].route if verdicts and verdicts[-1].matched else None
+    answer: dict[str, Any] = {
+        "sender": facts.sender,
+        "recipient": facts.recipient,
+        "route": route.name if route else None,
+        "why": verdicts[-1].why if route else "no route takes it",
+        "considered": [_verdict(verdict) for verdict in verdicts],
+    }
+    if route and route.reject:
+        answer["reject"] = route.reject
+    if route:
+        header = _header(facts, content)
+        answer["upstreams"] = [_at_upstream(config, router, route, name, facts, header) for name in upstreams_of(route)]
+    return answer
+
+
+def _verdict(verdict: "Verdict") -> dict[str, Any]:
+    return {"route": verdict.route.name, "matched": verdict.matched, "why": verdict.why}
+
+
+def _at_upstream(config: "Config", router: "Router", route: "Route", name: str, facts: "Facts", header: bytes) -> dict[str, Any]:
+    """How the message arrives at one upstream, and whether its credential may send it."""
+    from relay.mail.header import scan
+    from relay.mail.permission import objection
+    from relay.mail.rewrite import envelope_sender, rewrite_header
+
+    upstream = config.upstreams[name]
+    rules = router.rewrite_for(route, name)
+    sender = envelope_sender(facts.sender, rules)
+    if not sender and upstream.null_sender != "keep":
+        sender = upstream.null_sender
+    rewritten = rewrite_header(header, rules)
+    return {
+        "name": name,
+        "hosts": [f"{host}:{upstream.port}" for host in upstream.host],
+        "security": upstream.security,
+        "credential": upstream.username,
+        "sender": sender,
+        "bcc": rules.bcc if rules else None,
+        "objection": objection(upstream.senders, sender, scan(rewritten)),
+        "header": list(_difference(header, rewritten)),
+    }
+
+
+def _header(facts: "Facts", content: bytes | None) -> bytes:
+    """The header block of the message, or a made-up one as an app would write it."""
+    from relay.mail.header import split
+
+    if content is not None:
+        return split(content)[0]
+    lines = (f"From: {facts.sender or 'MAILER-DAEMON'}", f"To: {facts.recipient}", "Subject: An example", "")
+    return "\r\n".join(lines).encode()
+
+
+def _difference(before: bytes, after: bytes) -> Iterable[str]:
+    import difflib
+
+    old, new = (block.decode("utf-8", "replace").splitlines() for block in (before, after))
+    return difflib.unified_diff(old, new, "as it came", "as it leaves", lineterm="", n=1)
+
+
+def _read_message(name: str) -> bytes:
+    """The message with CRLF line ends, whichever it has in the file."""
+    if name == "-":
+        content = sys.stdin.buffer.read(_HEADER_LIMIT_OCTETS)
+    else:
+        with Path(name).open("rb") as file:
+            content = file.read(_HEADER_LIMIT_OCTETS)
+    return content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+
+
+def _as_text(answer: dict[str, Any]) -> str:
+    """The answer for a person: what happens first, then why."""
+    lines = [f"{answer['sender'] or '<>'} to {answer['recipient']}"]
+    if not answer["route"]:
+        lines.append("  no route takes it: refused with 550 5.7.1")
+    elif "reject" in answer:
+        lines.append(f"  route {answer['route']} refuses it: 550 5.7.1 {answer['reject']}")
+    else:
+        lines.append(f"  route {answer['route']}: {answer['why']}")
+    for place, upstream in enumerate(answer.get("upstreams", ())):
+        hosts = ", ".join(upstream["hosts"])
+        lines.append(f"  {'fallback' if place else 'upstream'} {upstream['name']} ({hosts}, {upstream['security']})")
+        lines.append(f"    credential       {upstream['credential'] or 'none'}")
+        lines.append(f"    envelope sender  {upstream['sender'] or '<>'}")
+        lines += [f"    extra recipient  {upstream['bcc']}"] if upstream["bcc"] else []
+        lines += [f"    NOT PERMITTED    {upstream['objection']}"] if upstream["objection"] else []
+        lines += [f"    {line}" for line in upstream["header"]] or ["    header           unchanged"]
+    others = [verdict for verdict in answer["considered"] if not verdict["matched"]]
+    lines += ["  routes before it that did not match:" if answer["route"] else "  routes that did not match:"] if others else []
+    lines += [f"    {verdict['route']}: {verdict['why']}" for verdict in others[:_SHOWN_VERDICTS]]
+    lines += [f"    and {len(others) - _SHOWN_VERDICTS} more (--json lists them)"] if len(others) > _SHOWN_VERDICTS else []
+    return "\n".join(lines)
+
+
+def _as_json(value: object) -> str:
+    import json
+
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def _show_outcomes(*, as_json: bool) -> int:
+    """The table of fates in the order of a session."""
+    from relay.mail.outcome import rows_by_phase
+
+    names = ("phase", "event", "status", "scope", "then", "why")
+    table = [(phase.value, *_columns(row)) for phase, row in rows_by_phase()]
+    if as_json:
+        print(_as_json([dict(zip(names, line, strict=True)) for line in table]))
+        return 0
+    widths = [max(len(line[column]) for line in (names, *table)) for column in range(len(names) - 1)]
+    print("\n".join(_row(line, widths) for line in (names, *table)))
+    return 0
+
+
+def _columns(row: "Row") -> tuple[str, ...]:
+    """One row of the table of fates in words."""
+    from relay.mail.outcome import Failure
+
+    if isinstance(row.event, Failure):
+        event = row.event.value
+    else:
+        code, enhanced, phrase = row.event
+        event = " ".join(part for part in (code, enhanced, f'"{phrase}"' if phrase else "") if part)
+    words = (("in doubt", row.in_doubt), ("slow down", row.throttled), ("fallback", row.fallback))
+    then = [word for word, holds in words if holds]
+    return event, row.status.value, row.scope.value, ", ".join(then) or "-", row.why
+
+
+def _row(line: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join([*(text.ljust(width) for text, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
+
+
+def _fail(text: str, code: int) -> int:
+    print(text, file=sys.stderr)
+    return code

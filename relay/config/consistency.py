@@ -1,0 +1,141 @@
+"""What several keys must agree on: names that refer to each other, names given twice, keys that need or exclude each other.
+
+It looks at the plain values of the file, not at the model: so a wrong value in one place hides no wrong name in another.
+Values of a wrong type are passed over here, as the model speaks of them. Pure.
+"""
+
+from collections.abc import Collection, Iterator
+from typing import Any, Final
+
+from relay.config.findings import KeyPath, Problem, Suggestions
+from relay.config.values import as_written
+
+_OTHER_ACTIONS: Final = {"redirect", "discard"}  # not available yet, as is said elsewhere; they take the place of an upstream
+_Names = Collection[str] | None  # None: they cannot be told
+
+
+def problems(tree: dict[str, Any]) -> Iterator[Problem]:
+    """Everything in the file's plain values that does not fit together."""
+    suggestions = Suggestions()
+    for section in ("upstreams", "routes"):
+        if section not in tree:
+            why = "there is nowhere to send mail" if section == "upstreams" else "without a route every sender is refused"
+            yield Problem((section,), f"is missing: {why}", at="missing")
+        elif tree[section] in ({}, []):
+            yield Problem((section,), "must not be empty", at="key")
+    upstreams = tree.get("upstreams")
+    names: _Names = None
+    if isinstance(upstreams, dict):
+        names = upstreams.keys()
+        for name, upstream in upstreams.items():
+            if isinstance(upstream, dict):
+                yield from _login(("upstreams", name), upstream)
+    yield from _listeners(tree.get("listeners"))
+    yield from _routes(tree.get("routes"), names, _listener_names(tree), suggestions)
+
+
+def _listener_names(tree: dict[str, Any]) -> _Names:
+    """What a route's `listener` may say."""
+    listeners = tree.get("listeners", [{}])
+    if not isinstance(listeners, list) or not all(isinstance(item, dict) for item in listeners):
+        return None
+    found = (_text(item.get("name", item.get("bind", "127.0.0.1:2525"))) for item in listeners)
+    return dict.fromkeys(name for name in found if name is not None)
+
+
+def _text(value: Any) -> str | None:
+    value = as_written(value)
+    return value if isinstance(value, str) else None
+
+
+def _items(value: Any) -> Iterator[tuple[KeyPath, Any]]:
+    """The values of a key that takes one or a list, each with what its path adds."""
+    if isinstance(value, list):
+        yield from (((place,), item) for place, item in enumerate(value))
+    elif value is not None:
+        yield (), value
+
+
+def _login(path: KeyPath, upstream: dict[str, Any]) -> Iterator[Problem]:
+    username, password = (upstream.get(key) is not None for key in ("username", "password"))
+    auth = upstream.get("auth", "auto")
+    if auth == "none" or any(key in upstream for key in ("provider", "oauth2")):
+        return
+    if username and not password:
+        yield Problem((*path, "username"), "there is a username but no password", at="key")
+    elif password and not username:
+        yield Problem((*path, "password"), "there is a password but no username", at="key")
+    elif not username and auth in ("plain", "login", "cram-md5"):
+        yield Problem((*path, "auth"), f"auth: {auth} needs a username and a password")
+
+
+def _listeners(listeners: Any) -> Iterator[Problem]:
+    names: dict[str, int] = {}
+    binds: dict[str, int] = {}
+    for place, item in _items(listeners):
+        if not isinstance(item, dict):
+            continue
+        bind = _text(item.get("bind", "127.0.0.1:2525"))
+        name = _text(item.get("name", bind))
+        # The kernel gives every listener on port 0 a port of its own.
+        for key, value, seen in (("bind", bind, binds), ("name", name, names)):
+            if value is None or (value == bind and (value.endswith(":0") or (key == "name" and "name" not in item))):
+                continue
+            if value in seen:
+                at: Any = "value" if key in item else "missing"
+                yield Problem(("listeners", *place, key), f"{value!r} is already taken by listeners[{seen[value]}]", at=at)
+            seen.setdefault(value, place[0] if place and isinstance(place[0], int) else 0)
+
+
+def _routes(routes: Any, upstreams: _Names, listeners: _Names, suggestions: Suggestions) -> Iterator[Problem]:
+    names: dict[str, int] = {}
+    for place, route in enumerate(routes if isinstance(routes, list) else []):
+        if not isinstance(route, dict):
+            continue
+        path: KeyPath = ("routes", place)
+        name = _text(route.get("name"))
+        if name is not None:
+            if name in names:
+                yield Problem((*path, "name"), f"{name!r} is already the name of routes[{names[name]}]")
+            names.setdefault(name, place)
+        yield from _action(path, route)
+        yield from _unknown(("upstream", *path, "upstream"), route.get("upstream"), upstreams, suggestions)
+        for below, listener in _items(route.get("listener")):
+            yield from _unknown(("listener", *path, "listener", *below), listener, listeners, suggestions)
+        yield from _fallbacks(path, route, upstreams, suggestions)
+
+
+def _action(path: KeyPath, route: dict[str, Any]) -> Iterator[Problem]:
+    if _OTHER_ACTIONS & route.keys():
+        return
+    if "upstream" in route and "reject" in route:
+        yield Problem((*path, "reject"), "a route has either an upstream or reject", at="key")
+    elif "upstream" not in route and "reject" not in route:
+        yield Problem((*path, "upstream"), "a route needs an upstream, or reject with a text", at="missing")
+    elif "reject" in route:
+        for key in ("fallback", "rewrite"):
+            if key in route:
+                yield Problem((*path, key), f"a route that rejects has no {key}", at="key")
+
+
+def _fallbacks(path: KeyPath, route: dict[str, Any], upstreams: _Names, suggestions: Suggestions) -> Iterator[Problem]:
+    seen = {_text(route.get("upstream"))}
+    for below, item in _items(route.get("fallback")):
+        inside: KeyPath = ("upstream",) if isinstance(item, dict) else ()
+        name = _text(item.get("upstream") if isinstance(item, dict) else item)
+        if name is None:
+            continue
+        at = (*path, "fallback", *below, *inside)
+        unknown = list(_unknown(("upstream", *at), name, upstreams, suggestions))
+        yield from unknown
+        if not unknown and name in seen:
+            what = "the route's own upstream" if name == _text(route.get("upstream")) else "already a fallback of this route"
+            yield Problem(at, f"{name!r} is {what}")
+        seen.add(name)
+
+
+def _unknown(place: KeyPath, value: Any, known: _Names, suggestions: Suggestions) -> Iterator[Problem]:
+    """`place` begins with the word for what is looked for."""
+    name = _text(value)
+    if known is not None and name is not None and name not in known:
+        yield Problem(place[1:], f"unknown {place[0]} {name!r}{suggestions.meant(name, known)}")

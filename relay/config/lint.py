@@ -1,0 +1,130 @@
+"""What is allowed and probably not meant: routes never taken, upstreams never used, secrets and mail less guarded than they look.
+
+Every warning is a fact about the configuration alone; none looks at the network. Pure. The search for unreachable routes asks for
+every route which conditions could cover its own, and looks these up: its time grows with the file, not with its square.
+"""
+
+from collections.abc import Iterator
+from ipaddress import ip_address
+from itertools import product
+from typing import Final
+
+from relay.config.findings import Problem
+from relay.config.model import Config, Route, Upstream
+from relay.config.values import Network
+from relay.mail.address import domain_of, local_of
+
+_COMBINATIONS: Final = 2000  # a route with more of them than this is not looked at
+_NAMES: Final = 5
+_Case = tuple[str, str, str, Network | None]  # sender, recipient and listener ("": any), client
+
+
+def unguarded(config: Config, *, exposed: bool) -> Iterator[Problem]:
+    """Where secrets and mail can be read by strangers. `exposed`: others than its owner may read the file."""
+    for name, upstream in config.upstreams.items():
+        for key, message in _unguarded(upstream, exposed=exposed):
+            yield Problem(("upstreams", name, key), message, "warning")
+
+
+def improbable(config: Config) -> Iterator[Problem]:
+    """What nobody writes on purpose."""
+    yield from _unused(config)
+    yield from _open_senders(config)
+    yield from _unreachable(config.routes)
+
+
+def _unguarded(upstream: Upstream, *, exposed: bool) -> Iterator[tuple[str, str]]:
+    local = all(_is_loopback(host) for host in upstream.host)
+    if exposed and upstream.password is not None and upstream.password.is_plain:
+        yield "password", "a secret in a file that others can read: chmod 600, or use {env: …}, {file: …} or {credential: …}"
+    if upstream.security == "none" and upstream.password is not None and upstream.auth != "none" and not local:
+        yield "security", "the password goes over the network in clear text"
+    if not upstream.verify and upstream.security != "none" and not local:
+        yield "verify", "the certificate is not checked: whoever is on the way can read the password and the mail"
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _unused(config: Config) -> Iterator[Problem]:
+    used = {route.upstream for route in config.routes} | {item.upstream for route in config.routes for item in route.fallback}
+    for name in config.upstreams:
+        if name not in used:
+            yield Problem(("upstreams", name), "no route uses this upstream", "warning", at="key")
+
+
+def _open_senders(config: Config) -> Iterator[Problem]:
+    """Upstreams that would send for anybody, where one configuration serves several tenants.
+
+    An upstream that the file itself gives to every sender is meant to: there is nothing `senders` could say.
+    """
+    tenants = {route.upstream for route in config.routes if route.upstream and "*" not in route.sender}
+    general = [route for route in config.routes if "*" in route.sender]
+    shared = {name for route in general for name in (route.upstream, *(item.upstream for item in route.fallback))}
+    without = [name for name, upstream in config.upstreams.items() if not upstream.senders and name not in shared]
+    if len(tenants) < 2 or not without:
+        return
+    names = ", ".join(without[:_NAMES]) + (f" and {len(without) - _NAMES} more" if len(without) > _NAMES else "")
+    message = f"several tenants, and no `senders` at {names}: a wrong route sends one tenant's mail with another's credential"
+    yield Problem(("upstreams",), message, "warning", at="key")
+
+
+def _unreachable(routes: tuple[Route, ...]) -> Iterator[Problem]:
+    taken: dict[_Case, int] = {}
+    lengths: set[tuple[int, int]] = {(client.version, client.prefixlen) for route in routes for client in route.client}
+    for place, route in enumerate(routes):
+        count = len(route.sender) * max(len(route.recipient), 1) * max(len(route.listener), 1) * max(len(route.client), 1)
+        if count > _COMBINATIONS:
+            continue
+        cases = list(product(route.sender, route.recipient or ("",), route.listener or ("",), route.client or (None,)))
+        covering = [_covering(case, taken, lengths) for case in cases]
+        if None not in covering:
+            before = sorted({earlier for earlier in covering if earlier is not None})
+            names = ", ".join(routes[earlier].name for earlier in before[:_NAMES])
+            message = f"this route is never taken: {names} before it takes the same mail"
+            yield Problem(("routes", place), message, "warning")
+        for case in cases:
+            taken.setdefault(case, place)
+
+
+def _covering(case: _Case, taken: dict[_Case, int], lengths: set[tuple[int, int]]) -> int | None:
+    """The earlier route that takes everything this case speaks of."""
+    sender, recipient, listener, client = case
+    wider = product(
+        _wider_addresses(sender),
+        (*_wider_addresses(recipient), "") if recipient else ("",),
+        (listener, "") if listener else ("",),
+        (*_wider_networks(client, lengths), None) if client else (None,),
+    )
+    return next((taken[candidate] for candidate in wider if candidate in taken), None)
+
+
+def _wider_addresses(condition: str) -> list[str]:
+    """The condition itself and all that hold whenever it does."""
+    if condition in ("*", "<>"):
+        return list(dict.fromkeys((condition, "*")))
+    found = [condition]
+    domain = condition
+    if "@" in condition:
+        domain = domain_of(condition)
+        local = local_of(condition)
+        if "+" in local:
+            found.append(f"{local.partition('+')[0]}@{domain}")
+        found.append(domain)
+    parent = domain.removeprefix("*.")
+    while "." in parent:
+        parent = parent.partition(".")[2]
+        found.append(f"*.{parent}")
+    return [*found, "*"]
+
+
+def _wider_networks(client: Network, lengths: set[tuple[int, int]]) -> Iterator[Network]:
+    for version, length in lengths:
+        if version == client.version and length <= client.prefixlen:
+            yield client.supernet(new_prefix=length)

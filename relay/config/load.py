@@ -1,0 +1,329 @@
+"""Read the file: YAML with positions, then the model, then what concerns several keys, and every error at once.
+
+The parser's events are read one by one instead of its finished objects: so anchors, tags, duplicate keys and YAML 1.1's surprises
+are seen, positions are kept, and neither size nor depth of a hostile file can exhaust the stack. The one module that knows yaml.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from pydantic import ValidationError
+
+from relay.config import consistency, lint, machine, syntax, wording
+from relay.config.findings import BROKEN, ConfigError, Finding, KeyPath, Problem, Severity, dotted, holds_secret
+from relay.config.model import Config
+from relay.config.scalars import resolve_scalar, surprise
+
+__all__ = ["ConfigError", "Finding", "examine", "find_config", "load"]
+
+_Loader: Final[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SYSTEM_FILE: Final = Path("/etc/relay/config.yaml")
+_FILE_LIMIT_OCTETS: Final = 64 * 2**20  # a hundred thousand routes need a third of it
+_DEPTH_LIMIT: Final = 24  # the deepest key of the contract is at 8
+_REPAIRS: Final = 20
+_UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_LINE_BREAK = re.compile("\r\n|[\r\n\x85\u2028\u2029]")  # what the parser counts as the end of a line
+_CUT = re.compile(r"[ \t]+#")
+
+
+def find_config(given: str | Path | None, environ: Mapping[str, str]) -> Path:
+    """The file to read: the one given, else `$RELAY_CONFIG`, else ./config.yaml, else /etc/relay/config.yaml.
+
+    Raises ConfigError when there is nothing to read.
+    """
+    if given is not None:
+        return Path(given)
+    if named := environ.get("RELAY_CONFIG"):
+        return Path(named)
+    for path in (Path("config.yaml"), _SYSTEM_FILE):
+        if path.exists():
+            return path
+    looked = f"$RELAY_CONFIG (not set), ./config.yaml, {_SYSTEM_FILE}"
+    raise ConfigError([Finding("", 0, 0, "", f"no configuration file: looked at {looked}; name one with -c")])
+
+
+def load(path: str | Path, environ: Mapping[str, str] = os.environ) -> Config:
+    """The configuration in `path`, its secrets resolved. Raises ConfigError with everything that was found."""
+    config, findings = examine(path, environ)
+    if config is None:
+        raise ConfigError(findings)
+    return config
+
+
+def examine(path: str | Path, environ: Mapping[str, str] = os.environ, *, thorough: bool = False) -> tuple[Config | None, list[Finding]]:
+    """The configuration, None when it has errors, and all errors and warnings in the order of the file.
+
+    `thorough` also asks OpenSSL about every certificate file.
+    """
+    file = str(path)
+    try:
+        text, readable = _read(Path(path))
+    except _Unreadable as error:
+        return None, [Finding(file, error.line, error.column, "", error.message)]
+    document = _parse(file, text)
+    if not hasattr(yaml, "CSafeLoader"):
+        slow = "this Python's PyYAML lacks libyaml: reading takes five times as long"
+        document.findings.append(Finding(file, 0, 0, "", slow, "warning"))
+    config = None
+    if document.complete:
+        problems: list[Problem] = list(consistency.problems(document.value))
+        try:
+            config = Config.model_validate(document.value, context={"environ": environ, "base": Path(path).parent})
+        except ValidationError as error:
+            problems += wording.problems(error, document.value)
+        if config is not None:
+            problems += lint.improbable(config) if not problems else ()  # a mistyped name alone would give two more
+            problems += lint.unguarded(config, exposed=readable)
+            problems += _untrustworthy(config) if thorough else ()
+        document.findings += document.located(problems)
+    findings = sorted(dict.fromkeys(document.findings), key=lambda finding: (finding.line, finding.column))
+    broken = any(finding.severity == "error" for finding in findings)
+    return (None if broken else config), findings
+
+
+def _untrustworthy(config: Config) -> list[Problem]:
+    first = {item.ca_file: name for name, item in reversed(config.upstreams.items()) if item.ca_file}
+    faults = ((name, machine.trust_fault(path)) for path, name in first.items())
+    return [Problem(("upstreams", name, "ca_file"), fault) for name, fault in faults if fault]
+
+
+class _Unreadable(Exception):
+    def __init__(self, message: str, *, line: int = 0, column: int = 0) -> None:
+        self.message, self.line, self.column = message, line, column
+
+
+def _read(path: Path) -> tuple[str, bool]:
+    """The text of the file, and whether others than its owner may read it."""
+    try:
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            content = file.read(_FILE_LIMIT_OCTETS + 1)
+    except FileNotFoundError:
+        raise _Unreadable("there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise _Unreadable(f"cannot be read: {error.strerror if isinstance(error, OSError) else 'no file name'}") from None
+    if len(content) > _FILE_LIMIT_OCTETS:
+        raise _Unreadable(f"is larger than {_FILE_LIMIT_OCTETS >> 20} MiB")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, column = _place(error.object[: error.start].decode(errors="replace"))
+        what = f"byte 0x{error.object[error.start]:02x} is not UTF-8: save the file as UTF-8"
+        raise _Unreadable(what, line=line + 1, column=column + 1) from None
+    if unfit := _UNPRINTABLE.search(text):
+        line, column = _place(text[: unfit.start()])
+        what = f"control character U+{ord(unfit[0]):04X}: the file must be plain text"
+        raise _Unreadable(what, line=line + 1, column=column + 1)
+    return text, bool(mode & 0o044)
+
+
+def _place(before: str) -> syntax.Mark:
+    """Line and column, from 0, behind `before`."""
+    lines = _LINE_BREAK.split(before)
+    return len(lines) - 1, len(lines[-1])
+
+
+@dataclass(slots=True)
+class _Document:
+    """Plain values, where each of them and its key stands, and what was wrong on the way."""
+
+    file: str
+    value: Any = None
+    values: dict[KeyPath, syntax.Mark] = field(default_factory=dict)
+    keys: dict[KeyPath, syntax.Mark] = field(default_factory=dict)
+    broken: set[KeyPath] = field(default_factory=set)
+    findings: list[Finding] = field(default_factory=list)
+    complete: bool = False
+
+    def located(self, problems: list[Problem]) -> list[Finding]:
+        """The problems with line and column, without those that only follow from what is already known to be broken."""
+        known = {(finding.line, finding.column) for finding in self.findings if finding.severity == "error"}
+        found = [self._locate(problem) for problem in problems if not self._is_known(problem.path)]
+        return [finding for finding in found if (finding.line, finding.column) not in known]
+
+    def _is_known(self, path: KeyPath) -> bool:
+        return bool(self.broken) and any(path[:length] in self.broken for length in range(len(path) + 1))
+
+    def _locate(self, problem: Problem) -> Finding:
+        path = problem.path[:-1] if problem.at == "missing" else problem.path
+        while path and path not in self.values:
+            path = path[:-1]
+        mark = self.values.get(path, (0, 0))
+        if problem.at in ("key", "missing"):
+            mark = self.keys.get(path, mark)
+        return Finding(self.file, mark[0] + 1, mark[1] + 1, dotted(problem.path), problem.message, problem.severity)
+
+
+def _parse(file: str, text: str) -> _Document:
+    """Read the text; where a value begins with a character that YAML refuses, say so, blank it and read on."""
+    repaired: dict[syntax.Mark, str] = {}
+    while True:
+        reader = _Reader(file, text, repaired)
+        try:
+            reader.read()
+        except yaml.MarkedYAMLError as error:
+            lines = _LINE_BREAK.split(text)
+            place, context = _mark(error.problem_mark), _mark(error.context_mark)
+            place = min(place or context or (0, 0), (len(lines) - 1, len(lines[-1])))  # the end may be said to be a line below
+            fault = syntax.explain(lines, str(error.problem), place=place, context=context)
+            if fault.length and len(repaired) < _REPAIRS and fault.place not in repaired:
+                repaired[fault.place] = fault.message
+                text = _blanked(text, fault)
+                continue
+            finding = Finding(file, fault.place[0] + 1, fault.place[1] + 1, "", fault.message)
+            reader.document.findings.append(finding)
+            for mark, message in repaired.items():
+                if mark > (reader.last_line, 0):
+                    reader.document.findings.append(Finding(file, mark[0] + 1, mark[1] + 1, "", message))
+        except _TooDeep as error:
+            where = Finding(file, error.place[0] + 1, error.place[1] + 1, "", f"more than {_DEPTH_LIMIT} levels deep")
+            reader.document.findings.append(where)
+        return reader.document
+
+
+def _mark(mark: Any) -> syntax.Mark | None:
+    return (mark.line, mark.column) if mark else None
+
+
+def _blanked(text: str, fault: syntax.Fault) -> str:
+    """The text with an empty string in the place of the value that could not be read."""
+    start = 0
+    for _ in range(fault.place[0]):
+        found = _LINE_BREAK.search(text, start)
+        start = found.end() if found else len(text)
+    start += fault.place[1]
+    return text[:start] + "''".ljust(fault.length) + text[start + fault.length :]
+
+
+class _TooDeep(Exception):
+    def __init__(self, place: syntax.Mark) -> None:
+        self.place = place
+
+
+class _Reader:
+    """Turns the events of one file into a document."""
+
+    def __init__(self, file: str, text: str, repaired: dict[syntax.Mark, str]) -> None:
+        self.document = _Document(file)
+        self.last_line = -1
+        self._text = text
+        self._repaired = repaired
+        self._loader = _Loader(text)
+
+    def read(self) -> None:
+        """Read the only document. Raises yaml.MarkedYAMLError and _TooDeep."""
+        self._next()  # the stream's start
+        event = self._next()
+        if not isinstance(event, yaml.StreamEndEvent):
+            event = self._next()
+            self.document.value = self._value(event, ())
+            self._next()  # the document's end
+            if not isinstance(after := self._next(), yaml.StreamEndEvent):
+                self._complain((), after, "one file holds one document: what follows --- is not read")
+        self.document.complete = isinstance(self.document.value, dict)
+        if self.document.value is None and not self.document.findings:
+            empty = "the file is empty: a configuration has at least upstreams and routes"
+            self.document.findings.append(Finding(self.document.file, 1, 1, "", empty))
+        elif not self.document.complete and () not in self.document.broken:
+            self._complain((), event, "must be a mapping of keys such as upstreams and routes")
+
+    def _next(self) -> Any:
+        event = self._loader.get_event()
+        self.last_line = event.start_mark.line
+        return event
+
+    def _refuse(self, path: KeyPath, event: Any, message: str) -> None:
+        """The value at `path` cannot be used: nothing more is said about it."""
+        self.document.broken.add(path)
+        self._complain(path, event, message)
+
+    def _complain(self, path: KeyPath, event: Any, message: str, *, severity: Severity = "error") -> None:
+        mark = event.start_mark
+        finding = Finding(self.document.file, mark.line + 1, mark.column + 1, dotted(path), message, severity)
+        self.document.findings.append(finding)
+
+    def _value(self, event: Any, path: KeyPath) -> Any:
+        if len(path) > _DEPTH_LIMIT:
+            raise _TooDeep((event.start_mark.line, event.start_mark.column))
+        self.document.values.setdefault(path, (event.start_mark.line, event.start_mark.column))
+        if isinstance(event, yaml.AliasEvent):
+            self._refuse(path, event, "begins with *, an alias to YAML, which is not used here: quote it if it is text")
+            return BROKEN
+        self._check_properties(event, path)
+        if isinstance(event, yaml.MappingStartEvent):
+            return self._mapping(path)
+        if isinstance(event, yaml.SequenceStartEvent):
+            items: list[Any] = []
+            while not isinstance(event := self._next(), yaml.SequenceEndEvent):
+                items.append(self._value(event, (*path, len(items))))
+            return items
+        return self._scalar(event, path)
+
+    def _check_properties(self, event: Any, path: KeyPath) -> None:
+        if event.anchor is not None:
+            self._refuse(path, event, "begins with &, an anchor to YAML, which is not used here: quote it if it is text")
+        elif event.tag is not None:
+            self._refuse(path, event, "begins with !, a tag to YAML, which is not used here: quote it if it is text")
+
+    def _mapping(self, path: KeyPath) -> dict[str, Any]:
+        mapping: dict[str, Any] = {}
+        while not isinstance(event := self._next(), yaml.MappingEndEvent):
+            if not isinstance(event, yaml.ScalarEvent):
+                self._refuse((*path, "?"), event, "a key must be text; quote a value that begins with { or [ or *")
+                self._skip(event)
+                self._skip(self._next())
+                continue
+            key, mark = event.value, _mark(event.start_mark) or (0, 0)
+            below = (*path, key)
+            self._check_key(event, path, below)
+            if key in mapping:
+                first = self.document.keys[below][0] + 1
+                name = "this key" if holds_secret(path) else repr(key)
+                self._complain(below, event, f"duplicate key {name}, first in line {first}")
+                self._value(self._next(), below)
+                continue
+            self.document.keys[below] = mark
+            mapping[key] = self._value(self._next(), below)
+        return mapping
+
+    def _skip(self, event: Any) -> None:
+        """Read past one value, however deep it is."""
+        depth = 0
+        while True:
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth == 0:
+                return
+            event = self._next()
+
+    def _check_key(self, event: Any, path: KeyPath, below: KeyPath) -> None:
+        self._check_properties(event, below)
+        if event.style:
+            if message := self._repaired.get((event.start_mark.line, event.start_mark.column)):
+                self._refuse(below, event, message)
+        elif event.value in ("", "~"):
+            self._complain(below, event, "a key is missing before the colon")
+        elif odd := surprise(event.value):
+            self._complain(below, event, odd)
+
+    def _scalar(self, event: Any, path: KeyPath) -> Any:
+        if message := self._repaired.get((event.start_mark.line, event.start_mark.column)):
+            self._refuse(path, event, message)
+            return BROKEN
+        text: str = event.value
+        if event.style:
+            return text
+        if odd := surprise(text):
+            self._refuse(path, event, odd)
+            return BROKEN
+        if _CUT.match(self._text, event.end_mark.index) and holds_secret(path):
+            if not text:
+                self._refuse(path, event, "is empty, as # begins a comment: quote a secret that begins with it")
+                return BROKEN
+            message = "YAML ends this secret before ' #': quote it if that belongs to it"
+            self._complain(path, event, message, severity="warning")
+        return resolve_scalar(text)

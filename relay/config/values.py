@@ -1,0 +1,289 @@
+"""Read the small languages inside one value of the file: durations, sizes, networks, hosts, addresses, conditions, header names.
+
+Every function takes what the file says and returns what the program uses, or raises ValueError with words for the person who
+wrote it. Numbers that stood in the file without quotes come as `Whole` or `Decimal`, which remember how they were written: so
+`1.2` can be text, and a bare `30` can be refused as a duration. Pure.
+"""
+
+import re
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from typing import Any, Final
+
+from relay.mail.address import AddressError, folded, is_mailbox, normalize_domain, parse_path
+
+Network = IPv4Network | IPv6Network
+
+_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?(ms|s|m|h|d)")
+_DURATION_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?) ?([kKMGT]i?)?B")
+_SIZE_POWERS: Final = {"K": 1, "M": 2, "G": 3, "T": 4}
+_BIND = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\[\]:/\s]+)):(\d{1,5})")
+_HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+_HEADER_NAME = re.compile(r"[!-9;-~]{1,76}")  # RFC 5322 section 2.2: printable ASCII without the colon
+_NAMED_ADDRESS = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|([^<>"]*?))\s*<([^<>]*)>\s*')
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_MAPPED: Final = IPv6Network("::ffff:0:0/96")
+_RESERVED_HEADERS: Final = {"received", "return-path", "bcc"}
+
+
+class Whole(int):
+    """A whole number that stood in the file without quotes."""
+
+    written: str
+
+
+class Decimal(float):
+    """A number with a fraction that stood in the file without quotes."""
+
+    written: str
+
+
+def as_written(value: Any) -> Any:
+    """An unquoted number as the text it was; anything else as it is."""
+    return value.written if isinstance(value, Whole | Decimal) else value
+
+
+def parse_duration(value: Any) -> float:
+    """Seconds from `30s 5m 2h 4d 500ms`. Numbers from code, not from a file, already are seconds."""
+    if isinstance(value, Whole | Decimal):
+        raise ValueError(f"a duration needs a unit: write {value.written}s (or ms, m, h, d)")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    if not match:
+        raise ValueError("must be a duration such as 30s, 5m, 2h, 4d or 500ms")
+    return float(match[1]) * _DURATION_UNITS[match[2]]
+
+
+def parse_size(value: Any) -> int:
+    """Octets from `50MB` (10^6), `50MiB` (2^20) or a whole number."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if not match:
+        raise ValueError("must be a size such as 50MB (10^6), 50MiB (2^20) or a whole number of bytes")
+    unit = match[2] or ""
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(match[1]) * base ** (_SIZE_POWERS[unit[0].upper()] if unit else 0))
+
+
+def parse_text(value: str) -> str:
+    """Text for one line: no control characters, which would break a log line, a command or a header."""
+    if _CONTROL.search(value):
+        raise ValueError("must not contain control characters or line breaks")
+    return value
+
+
+def parse_name(value: str) -> str:
+    """A name for a listener, an upstream or a route, as commands and log lines repeat it."""
+    if not value.strip():
+        raise ValueError("must not be empty")
+    if len(value) > 200:
+        raise ValueError("must have at most 200 characters")
+    return parse_text(value)
+
+
+def parse_upstream_name(value: str) -> str:
+    """An upstream's name is also a word on the command line."""
+    if re.search(r"\s", value):
+        raise ValueError("an upstream's name must not contain blanks")
+    return parse_name(value)
+
+
+def parse_network(value: Any) -> Network:
+    """An address or a network in CIDR form. IPv4 networks in IPv6 clothes become IPv4 networks."""
+    if isinstance(value, IPv4Network | IPv6Network):
+        return value
+    value = as_written(value)
+    if not isinstance(value, str):
+        raise ValueError("must be a network such as 10.0.0.0/8, or an address")
+    if value.startswith("uid:"):
+        raise ValueError("a client by uid: is not available yet")
+    try:
+        network = ip_network(value, strict=False)
+    except ValueError:
+        raise ValueError(f"not a network or an address: {value!r}; write 10.1.2.0/24 or 10.1.2.3") from None
+    if "/" in value and ip_address(value.partition("/")[0]) != network.network_address:
+        raise ValueError(f"{value} names an address inside the network, did you mean {network}?")
+    if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED):
+        v4 = network.network_address.ipv4_mapped
+        return IPv4Network(f"{v4}/{network.prefixlen - 96}")
+    return network
+
+
+def parse_client_network(value: Any) -> Network:
+    """A network whose hosts may connect without a password: never so wide that strangers are in it."""
+    network = parse_network(value)
+    widest = 8 if network.version == 4 else 16
+    if network.prefixlen < widest:
+        raise ValueError(f"{network} is wider than /{widest}: that would be an open relay")
+    return network
+
+
+def parse_bind(value: str) -> str:
+    """Check `host:port` or `[v6]:port` and return it as it is."""
+    if value.startswith(("unix:", "systemd:")):
+        raise ValueError(f"a {value.partition(':')[0]}: listener is not available yet")
+    match = _BIND.fullmatch(value)
+    if not match:
+        hint = "; an IPv6 address stands in brackets" if value.count(":") > 1 else ""
+        raise ValueError(f"must be host:port, such as 127.0.0.1:2525 or [::1]:2525{hint}")
+    if int(match[3]) > 65535:
+        raise ValueError("the port must be at most 65535")
+    if match[1] is not None:
+        parse_ip(match[1])
+    else:
+        parse_host(match[2])
+    return value
+
+
+def split_bind(bind: str) -> tuple[str, int]:
+    """Host, without brackets, and port of a checked bind."""
+    host, _, port = bind.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def parse_ip(value: str) -> str:
+    """An IPv4 or IPv6 address."""
+    try:
+        ip_address(value)
+    except ValueError:
+        raise ValueError(f"not an IP address: {value!r}") from None
+    return value
+
+
+def parse_host(value: str) -> str:
+    """A host name or an IP address; names from other scripts become A-labels."""
+    if "://" in value:
+        raise ValueError("write the host alone; `security` and `port` say the rest")
+    bare = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    if ":" in bare or re.fullmatch(r"[0-9.]+", bare):
+        try:
+            return parse_ip(bare)
+        except ValueError:
+            if re.fullmatch(r"[^:]+:\d+", bare):
+                raise ValueError("write the host alone and the port as `port`") from None
+            raise
+    try:
+        return normalize_domain(bare.removesuffix("."))
+    except ValueError:
+        raise ValueError(f"not a host name: {value!r}") from None
+
+
+def parse_ehlo(value: str) -> str:
+    """A domain, or an address literal such as [192.0.2.1] (RFC 5321 section 4.1.1.1)."""
+    if value.startswith("[") and value.endswith("]"):
+        parse_ip(value[1:-1].removeprefix("IPv6:"))
+        return value
+    return parse_domain(value)
+
+
+def parse_domain(value: str) -> str:
+    """A domain as lower-case A-labels."""
+    try:
+        return normalize_domain(value.removesuffix("."))
+    except ValueError:
+        raise ValueError(f"not a domain: {value!r}") from None
+
+
+def parse_address(value: str) -> str:
+    """One address with a domain, which becomes lower-case A-labels; the local part stays as it is."""
+    if "<" in value:
+        raise ValueError(f"must be an address alone, such as user@example.com, not {value!r}")
+    if not is_mailbox(value):
+        try:
+            parse_path(f"<{value}>")
+        except AddressError as error:
+            raise ValueError(f"not an address: {value!r}: {error}") from None
+        raise ValueError(f"not an address: {value!r}; write user@example.com")
+    local, _, domain = parse_path(f"<{value}>")[0].rpartition("@")
+    return f"{local}@{domain.lower() if domain.startswith('[') else normalize_domain(domain)}"
+
+
+def parse_alias(value: str) -> str:
+    """What an alias stands for: an address, or a local part alone. As it compares: in lower case."""
+    if "@" in value:
+        return folded(parse_address(value))
+    try:
+        address, rest = parse_path(f"<{value}>")
+    except AddressError as error:
+        raise ValueError(f"not an address: {value!r}: {error}") from None
+    if not address or rest:
+        raise ValueError("must be an address, or the part before the @")
+    return folded(address)
+
+
+def parse_condition(value: str) -> str:
+    """`example.com`, `*.example.com`, `user@example.com`, `<>` or `*`, as it compares: in lower case, domains as A-labels."""
+    if value in ("*", "<>"):
+        return value
+    if value.startswith("@"):
+        raise ValueError(f"for every address of the domain, write {value[1:]!r} without the @")
+    if "@" in value:
+        if "*" in value:
+            raise ValueError(f"{value!r}: for every address of a domain, write the domain alone")
+        return folded(parse_address(value))
+    stem = value.removeprefix("*.")
+    if "*" in stem:
+        raise ValueError(f'{value!r}: `*` may only stand alone or as the first label, as in "*.example.com"')
+    try:
+        return value[: len(value) - len(stem)] + normalize_domain(stem)
+    except ValueError:
+        raise ValueError(
+            f'{value!r} is neither a domain nor an address; write example.com, "*.example.com", user@example.com, "<>" or "*"'
+        ) from None
+
+
+def parse_permission(value: str) -> str:
+    """What an upstream's `senders` may hold: a domain or an address. A credential's bounds are named one by one."""
+    if value == "*":
+        raise ValueError("leave `senders` out when the upstream may send for everyone")
+    if value == "<>":
+        raise ValueError("the null sender needs no permission; name domains and addresses")
+    if value.startswith("*."):
+        raise ValueError(f"{value!r}: patterns are not possible here; name each domain, such as {value[2:]}")
+    return parse_condition(value)
+
+
+def parse_recipient_condition(value: str) -> str:
+    """A condition on a recipient, which is never null."""
+    if value == "<>":
+        raise ValueError("a recipient is never null")
+    return parse_condition(value)
+
+
+def parse_named_address(value: str) -> dict[str, str]:
+    """Name and address out of `Name <address>`, `"Name" <address>` or `address`; the name is left out where there is none."""
+    match = _NAMED_ADDRESS.fullmatch(value)
+    if not match:
+        if "<" in value or ">" in value or "@" not in value:
+            raise ValueError('must be "Name <user@example.com>", user@example.com, {name: …} or {address: …}')
+        return {"address": value.strip()}
+    name = re.sub(r"\\(.)", r"\1", match[1]) if match[1] is not None else match[2]
+    return {"name": name, "address": match[3]} if name else {"address": match[3]}
+
+
+def parse_header_name(value: str) -> str:
+    """The name of a header field (RFC 5322 section 2.2)."""
+    if value.endswith(":"):
+        raise ValueError("write the name without the colon")
+    if not _HEADER_NAME.fullmatch(value):
+        raise ValueError(f"not the name of a header field: {value!r}")
+    return value
+
+
+def parse_settable_header_name(value: str) -> str:
+    """The name of a field that a route may set; some would undo custody or reveal recipients."""
+    if parse_header_name(value).lower() in _RESERVED_HEADERS:
+        raise ValueError(f"{value} may not be set here" + ("; use `bcc`" if value.lower() == "bcc" else ""))
+    return value
+
+
+def unique_header_names(fields: dict[str, str]) -> dict[str, str]:
+    """`fields` again, once no name is there in two spellings."""
+    seen: set[str] = set()
+    for name in fields:
+        if name.lower() in seen:
+            raise ValueError(f"{name} is there twice: the names of header fields ignore case")
+        seen.add(name.lower())
+    return fields

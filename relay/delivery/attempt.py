@@ -1,0 +1,166 @@
+"""One try of one claimed message at one upstream: from the claim to one outcome for each recipient.
+
+Matches the route again where the configuration may have changed since, rewrites, asks a last time whether this credential may send
+this, and sends. Whatever goes wrong here is temporary and loud (law 9). What follows from the outcomes is `delivery.settle`.
+
+State: none but what it was built with.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import NamedTuple
+
+from relay.clock import Clock
+from relay.config.model import Config, Route
+from relay.mail import header
+from relay.mail.content import has_dot_line
+from relay.mail.envelope import Facts
+from relay.mail.outcome import Failure, Outcome, Phase, Scope, Status, outcome_of_failure
+from relay.mail.permission import objection
+from relay.mail.rewrite import envelope_sender, rewrite_header
+from relay.observe.journal import Journal
+from relay.routing import Router, upstreams_of
+from relay.spool.base import Claim, Content, Lane, Next
+from relay.upstream.pool import Pool
+from relay.upstream.transaction import Outgoing
+
+_SLICE_BYTES = 256 * 1024
+_HEAD_BYTES = 1024 * 1024 + 64 * 1024  # a header block may have 1 MiB
+
+# Codes that say "not more at once" rather than "not this one", where others of the transaction were taken (RFC 5321 section 4.5.3.1.10).
+_TOO_MANY = (452, 552)
+
+
+class Result(NamedTuple):
+    """What an attempt came to: outcomes by address, or where the message goes without having been tried.
+
+    `header_block` is the message's own, for a bounce; empty when it was not read.
+    """
+
+    outcomes: Mapping[str, Outcome]
+    moved: Next | None = None
+    header_block: bytes = b""
+
+
+class Attempts:
+    """Tries claims."""
+
+    def __init__(self, config: Config, router: Router, pool: Pool, journal: Journal, clock: Clock) -> None:
+        self._config = config
+        self._router = router
+        self._pool = pool
+        self._journal = journal
+        self._clock = clock
+
+    async def send(self, claim: Claim, *, fresh: bool) -> Result:
+        """Try the message. `fresh`: it was routed a moment ago and has not been in the spool's queue. Never raises."""
+        try:
+            route = self._router.route(claim.lane.route)
+            if not fresh:
+                route, moved = self._target(claim)
+                if moved is not None:
+                    return Result(_untried(claim), moved)
+            assert route is not None, "a lane's route exists, or the message was moved"
+            return await self._try(claim, route)
+        except Exception as error:
+            self._journal.fault("an attempt", error, id=claim.id, session=claim.origin.session)
+            # Whether the upstream has it is not known, so nobody else may get it.
+            outcome = outcome_of_failure(Phase.FINAL, Failure.CLOSED, "local error while delivering, see the log")
+            return Result({r.address: outcome for r in claim.envelope.recipients})
+
+    def _target(self, claim: Claim) -> tuple[Route | None, Next | None]:
+        """The route that takes the message now, and where it must go first, if not to the lane it is in."""
+        lane, now = claim.lane, self._clock.now()
+        known = self._router.route(lane.route)
+        rules = self._router.rewrite_for(known, lane.upstream) if known is not None else None
+        bcc = rules.bcc if rules is not None else None
+        asked = [r for r in claim.envelope.recipients if r.address != bcc] or list(claim.envelope.recipients)
+        routes = {r.address: self._router.match(Facts(claim.envelope.sender, r.address, claim.origin)).route for r in asked}
+        names = {route.name if route is not None else "" for route in routes.values()}
+        route = next(iter(routes.values()))
+        if len(names) > 1:
+            return None, Next(now, lane, counted=False, held="its recipients now take different routes")
+        if route is None:
+            return None, Next(now, lane, counted=False, held="no route takes its sender any more")
+        if route.upstream is None:
+            return None, Next(now, lane, counted=False, held=f"route {route.name} now rejects it: {route.reject}")
+        if lane.upstream in upstreams_of(route) and lane.route == route.name:
+            return route, None
+        return route, Next(now, Lane(route.upstream, route.name), counted=False)
+
+    async def _try(self, claim: Claim, route: Route) -> Result:
+        upstream = self._config.upstreams[claim.lane.upstream]
+        rules = self._router.rewrite_for(route, claim.lane.upstream)
+        try:
+            head, rest = await self._read(claim.content)
+        except OSError as error:
+            held = f"its content cannot be read: {error.strerror}"
+            return Result(_untried(claim), Next(self._clock.now(), claim.lane, counted=False, held=held))
+        original, body = header.split(head)
+        block = rewrite_header(claim.prefix + original, rules)
+        sender = envelope_sender(claim.envelope.sender, rules)
+        if upstream.senders and (reason := objection(upstream.senders, sender, header.scan(block))) is not None:
+            held = f"upstream {claim.lane.upstream} may not send it: {reason}"
+            return Result(_untried(claim), Next(self._clock.now(), claim.lane, counted=False, held=held))
+        octets = b"".join((block, header.separator(body), body))
+        addresses = [r.address for r in claim.envelope.recipients]
+        message = Outgoing(
+            sender=sender or ("" if upstream.null_sender == "keep" else upstream.null_sender),
+            recipients=addresses,
+            octets=octets,
+            size=len(octets) + claim.content.size - len(head),
+            rest=rest,
+            eight_bit=claim.content.eight_bit or not block.isascii(),
+            dotted=claim.content.dotted or has_dot_line(block),
+            smtputf8=not (sender.isascii() and all(map(str.isascii, addresses))),
+        )
+        outcomes = await self._send_all(claim.lane.upstream, message, limit=upstream.limits.recipients)
+        return Result(outcomes, header_block=original)
+
+    async def _send_all(self, upstream: str, message: Outgoing, *, limit: int) -> dict[str, Outcome]:
+        """Send in as many transactions as the recipients need: `limit` each, and again those that were too many for the upstream."""
+        outcomes: dict[str, Outcome] = {}
+        waiting = list(message.recipients)
+        while waiting:
+            now, waiting = waiting[:limit], waiting[limit:]
+            results = await self._pool.send(upstream, message._replace(recipients=now) if len(now) < len(message.recipients) else message)
+            outcomes |= zip(now, results, strict=True)
+            if any(result.status is Status.SENT for result in results):
+                again = [a for a, r in zip(now, results, strict=True) if r.phase is Phase.RCPT and r.reply.code in _TOO_MANY]
+                limit = len(now) - len(again) if again else limit
+                waiting = again + waiting
+            elif any(result.scope in (Scope.UPSTREAM, Scope.CREDENTIAL) for result in results):
+                outcomes |= dict.fromkeys(waiting, results[-1])
+                break
+        return outcomes
+
+    async def _read(self, content: Content) -> tuple[bytes, Callable[[], AsyncIterator[bytes]] | None]:
+        """The content, or its head and how to get the rest. Raises OSError."""
+        if content.octets is not None:
+            return content.octets, None
+        assert content.path is not None, "content has octets or a path"
+        path, loop = content.path, asyncio.get_running_loop()
+        head = await loop.run_in_executor(None, _read_slice, path, 0, _HEAD_BYTES)
+
+        async def rest() -> AsyncIterator[bytes]:
+            place = len(head)
+            while place < content.size:
+                octets = await loop.run_in_executor(None, _read_slice, path, place, _SLICE_BYTES)
+                if not octets:
+                    raise OSError("the content file is shorter than it was")
+                place += len(octets)
+                yield octets
+
+        return head, rest if len(head) < content.size else None
+
+
+def _untried(claim: Claim) -> dict[str, Outcome]:
+    """Outcomes for a message that goes elsewhere without having been tried."""
+    outcome = outcome_of_failure(Phase.RESOLVE, Failure.UNREACHABLE, "not tried")
+    return dict.fromkeys((r.address for r in claim.envelope.recipients), outcome)
+
+
+def _read_slice(path: os.PathLike[str], place: int, length: int) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return os.pread(file.fileno(), length, place)

@@ -1,0 +1,205 @@
+"""When which waiting message is attempted: slots for each upstream, lanes in turn, no task for what only waits.
+
+A message that can go at once comes here already claimed (`reserve`, `start`); all others wait in the spool, and are claimed lane by
+lane when they are due and their upstream has a free slot.
+
+State: slots in use by upstream, lanes known to have waiting mail and when, and the running attempts. Law 7: an upstream that hangs
+uses up its own slots and nothing else.
+"""
+
+import asyncio
+import heapq
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from relay.clock import Clock
+from relay.config.model import Config
+from relay.delivery.attempt import Attempts
+from relay.delivery.settle import Settler
+from relay.observe.journal import Journal
+from relay.spool.base import Claim, Lane, Spool, SpoolError
+
+#: The spool is asked this often for due mail that nobody told us of, and soon after a lane was found empty.
+_REFRESH_SECONDS = 60.0
+_REFRESH_SOON_SECONDS = 5.0
+
+#: Claims whose lease ends sooner than this are renewed while their attempt runs.
+_RENEW_BEFORE_SECONDS = 600.0
+
+#: Slots for lanes whose upstream is no longer configured: their mail is matched again or held, and touches no network.
+_ORPHAN_SLOTS = 5
+
+
+@dataclass(slots=True)
+class _Slots:
+    """One upstream's share. `ready`: its lanes with due mail, in turn. `until`: it asked us to slow down (monotonic seconds)."""
+
+    limit: int
+    used: int = 0
+    ready: deque[Lane] = field(default_factory=deque)
+    until: float = 0.0
+
+
+class Scheduler:
+    """Claims due mail and runs its attempts. Implements `intake.Dispatch`."""
+
+    def __init__(self, config: Config, spool: Spool, attempts: Attempts, settler: Settler, journal: Journal, clock: Clock) -> None:
+        self._spool = spool
+        self._attempts = attempts
+        self._settler = settler
+        self._journal = journal
+        self._clock = clock
+        self._slots = {name: _Slots(upstream.limits.connections) for name, upstream in config.upstreams.items()}
+        self._due: dict[Lane, float] = {}  # the earliest known time for each lane that waits
+        self._timeline: list[tuple[float, Lane]] = []  # heap; entries that differ from _due are stale
+        self._changed = asyncio.Event()
+        self._refresh_at = 0.0  # monotonic seconds
+        self._running: dict[asyncio.Task[None], Claim] = {}
+        self._stopping = False
+
+    # -- for intake -------------------------------------------------------------------------------------------------------
+
+    def reserve(self, lane: Lane) -> bool:
+        slots = self._slots[lane.upstream]
+        if self._stopping or slots.used >= slots.limit or slots.ready or slots.until > self._clock.monotonic():
+            return False
+        slots.used += 1
+        return True
+
+    def release(self, lane: Lane) -> None:
+        slots = self._slots[lane.upstream]
+        slots.used -= 1
+        if slots.ready:
+            self._changed.set()
+
+    def start(self, claim: Claim) -> None:
+        self._run(claim, fresh=True)
+
+    def wake(self, lane: Lane, when: float) -> None:
+        if when < self._due.get(lane, float("inf")):
+            self._due[lane] = when
+            heapq.heappush(self._timeline, (when, lane))
+            self._changed.set()
+
+    # -- the service ------------------------------------------------------------------------------------------------------
+
+    async def serve(self) -> None:
+        """Run until cancelled. Ends only with what must stop the process."""
+        while True:
+            self._changed.clear()
+            try:
+                await self._refresh()
+                self._collect()
+                await self._claim()
+            except SpoolError as error:
+                self._journal.fault("looking for due mail", error)
+            try:
+                async with asyncio.timeout(self._pause()):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    def stop(self) -> int:
+        """Begin no more attempts; answers how many are under way."""
+        self._stopping = True
+        return len(self._running)
+
+    async def drained(self) -> None:
+        """Wait until no attempt is under way."""
+        while self._running:
+            await asyncio.wait(self._running)
+
+    async def abort(self) -> None:
+        """Cut off what is under way. It stays claimed in the spool: the next start takes it over as in doubt."""
+        running = list(self._running)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    async def _refresh(self) -> None:
+        if self._clock.monotonic() < self._refresh_at:
+            return
+        self._refresh_at = self._clock.monotonic() + _REFRESH_SECONDS
+        for lane, when in (await self._spool.next_due()).items():
+            self.wake(lane, when)
+        limit = self._clock.now() + _RENEW_BEFORE_SECONDS
+        await self._spool.renew([claim for claim in self._running.values() if claim.lease_until < limit])
+
+    def _collect(self) -> None:
+        """Move lanes that have become due into their upstream's turn."""
+        now = self._clock.now()
+        while self._timeline and self._timeline[0][0] <= now:
+            when, lane = heapq.heappop(self._timeline)
+            if self._due.get(lane) == when:
+                slots = self._slots_of(lane)
+                if lane not in slots.ready:
+                    slots.ready.append(lane)
+
+    async def _claim(self) -> None:
+        """Claim for every upstream that has free slots and ready lanes, each lane its share, all in one commit of the spool."""
+        wanted: list[tuple[Lane, int]] = []
+        for slots in self._slots.values():
+            free = slots.limit - slots.used
+            if self._stopping or free <= 0 or not slots.ready or slots.until > self._clock.monotonic():
+                continue
+            lanes = [slots.ready[i] for i in range(min(free, len(slots.ready)))]
+            slots.ready.rotate(-len(lanes))
+            for place, lane in enumerate(lanes):
+                share = free // len(lanes) + (1 if place < free % len(lanes) else 0)
+                slots.used += share
+                wanted.append((lane, share))
+        results = await asyncio.gather(*(self._claim_lane(lane, share) for lane, share in wanted))
+        if any(results):
+            self._changed.set()  # lanes that gave all they were asked for may have more
+
+    async def _claim_lane(self, lane: Lane, share: int) -> bool:
+        """Claim and start; answers whether the lane may have more that is due."""
+        claims: Sequence[Claim] = ()
+        self._due.pop(lane, None)  # from here on a wake is news
+        try:
+            claims = await self._spool.claim(lane, share)
+        finally:
+            slots = self._slots[lane.upstream]
+            slots.used -= share - len(claims)
+            if len(claims) < share:
+                if lane in slots.ready:
+                    slots.ready.remove(lane)
+                self._refresh_at = min(self._refresh_at, self._clock.monotonic() + _REFRESH_SOON_SECONDS)
+        for claim in claims:
+            self._run(claim, fresh=False)
+        return len(claims) == share
+
+    def _slots_of(self, lane: Lane) -> _Slots:
+        return self._slots.setdefault(lane.upstream, _Slots(_ORPHAN_SLOTS))
+
+    def _pause(self) -> float:
+        """Seconds until something is due by itself."""
+        moments = [self._refresh_at - self._clock.monotonic()]
+        if self._timeline:
+            moments.append(self._timeline[0][0] - self._clock.now())
+        moments += [s.until - self._clock.monotonic() for s in self._slots.values() if s.ready and s.until > self._clock.monotonic()]
+        return max(0.0, min(moments))
+
+    # -- attempts ---------------------------------------------------------------------------------------------------------
+
+    def _run(self, claim: Claim, *, fresh: bool) -> None:
+        task = asyncio.get_running_loop().create_task(self._attempt(claim, fresh=fresh), name=f"attempt {claim.id}")
+        self._running[task] = claim
+        task.add_done_callback(self._ended)
+
+    async def _attempt(self, claim: Claim, *, fresh: bool) -> None:
+        try:
+            result = await self._attempts.send(claim, fresh=fresh)
+        finally:
+            self.release(claim.lane)
+        throttled = any(outcome.throttled for outcome in result.outcomes.values())
+        for due in await self._settler.settle(claim, result):
+            if throttled and due.lane == claim.lane:
+                self._slots[claim.lane.upstream].until = self._clock.monotonic() + (due.when - self._clock.now())
+            self.wake(due.lane, due.when)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        claim = self._running.pop(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._journal.fault("settling an attempt", error, id=claim.id)

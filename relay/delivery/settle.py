@@ -1,0 +1,153 @@
+"""End an attempt: decide what follows, store it with its bounce in one step, and tell the journal.
+
+State: which routes are using a fallback at the moment. Laws: every recipient is accounted for (law 2); a bounce is durable in the same
+step that ends its message; an outcome that cannot be stored is stored later, never forgotten.
+"""
+
+import asyncio
+import random
+
+from relay.clock import Clock
+from relay.config.model import Config
+from relay.delivery.attempt import Result
+from relay.delivery.retry import Plan, plan
+from relay.mail.bounce import Undelivered, make_bounce
+from relay.mail.envelope import Envelope, Facts, Origin, Recipient
+from relay.mail.outcome import Scope, Status
+from relay.observe.journal import Journal
+from relay.routing import Router, upstreams_of
+from relay.spool.base import Claim, Content, Draft, Lane, LeaseLost, Next, Settlement, Spool, SpoolError
+
+_AGAIN_SECONDS = 1.0
+
+
+class Settler:
+    """Settles attempts."""
+
+    def __init__(self, config: Config, router: Router, spool: Spool, journal: Journal, clock: Clock, *, rng: random.Random) -> None:
+        self._config = config
+        self._router = router
+        self._spool = spool
+        self._journal = journal
+        self._clock = clock
+        self._rng = rng
+        self._degraded: set[str] = set()
+
+    async def settle(self, claim: Claim, result: Result) -> list[Next]:
+        """Store what the attempt came to. Answers what is due next, and where. Raises nothing but cancellation."""
+        if result.moved is not None:
+            return await self._move(claim, result)
+        route = self._router.route(claim.lane.route)
+        upstreams = upstreams_of(route) if route is not None else (claim.lane.upstream,)
+        jitter = self._rng.uniform(0.9, 1.1)
+        decided = plan(claim, result.outcomes, upstreams=upstreams, retry=self._config.retry, now=self._clock.now(), jitter=jitter)
+        bounce = self._bounce(claim, decided, result) if decided.failed else None
+        if not await self._store(Settlement(claim, decided.outcomes, decided.next, bounce)):
+            return []
+        self._tell(claim, decided, bounce)
+        due = [decided.next] if decided.next is not None else []
+        return [*due, Next(bounce.due, bounce.lane)] if bounce is not None else due
+
+    async def _move(self, claim: Claim, result: Result) -> list[Next]:
+        assert result.moved is not None
+        if not await self._store(Settlement(claim, result.outcomes, result.moved)):
+            return []
+        if not result.moved.held:
+            return [result.moved]
+        self._journal.held(
+            id=claim.id, route=claim.lane.route, upstream=claim.lane.upstream, sender=claim.envelope.sender or "<>",
+            recipients=_names(claim.envelope.recipients), reason=result.moved.held,
+        )  # fmt: skip
+        return []
+
+    async def _store(self, settlement: Settlement) -> bool:
+        """Settle, again and again while the spool cannot write: forgetting the outcome would send the message twice."""
+        while True:
+            try:
+                await self._spool.settle(settlement)
+                return True
+            except LeaseLost:
+                self._journal.note("warning", f"{settlement.claim.id}: the claim was taken over; its outcome is not ours to store")
+                return False
+            except SpoolError as error:
+                self._journal.fault("storing an outcome, trying again", error, id=settlement.claim.id)
+                await asyncio.sleep(_AGAIN_SECONDS)
+
+    def _bounce(self, claim: Claim, decided: Plan, result: Result) -> Draft | None:
+        """The report to the sender, by the sender's own route, or None where nobody may be told."""
+        now, envelope, new_id = self._clock.now(), claim.envelope, self._spool.new_id()
+        block = claim.prefix + result.header_block
+        message = Undelivered(claim.id, envelope, decided.failed, block, claim.created, claim.lane.upstream)
+        bounce = make_bounce(message, reporting_mta=self._config.hostname, bounce_id=new_id, now=now)
+        if bounce is None:
+            return None
+        origin = Origin(claim.origin.listener, claim.origin.client, claim.origin.user, claim.origin.session, envelope.sender)
+        route = self._router.match(Facts("", bounce.recipient, origin)).route
+        lane = Lane(route.upstream, route.name) if route is not None and route.upstream is not None else claim.lane
+        content = Content(len(bounce.content), bounce.content, eight_bit=not bounce.content.isascii())
+        reported = Envelope("", (Recipient(bounce.recipient),), smtputf8=not bounce.recipient.isascii())
+        return Draft(new_id, lane, reported, content, now, origin=origin, due=now)
+
+    def _tell(self, claim: Claim, decided: Plan, bounce: Draft | None) -> None:
+        lane, then = claim.lane, decided.next
+        if decided.fallback:
+            self._tell_degraded(claim, decided)
+        for status, recipients in _by_status(claim, decided).items():
+            outcome = decided.outcomes[recipients[0].address]
+            facts = {
+                "id": claim.id, "session": claim.origin.session, "route": lane.route, "upstream": lane.upstream,
+                "sender": claim.envelope.sender or "<>", "recipients": _names(recipients), "size": claim.content.size,
+                "reply": str(outcome.reply), "attempt": claim.attempt, "delay": self._clock.now() - claim.created,
+            }  # fmt: skip
+            if status is Status.SENT:
+                self._journal.sent(**facts)  # type: ignore[arg-type]
+                self._tell_recovered(lane)
+            elif status is Status.FAILED:
+                self._journal.failed(**facts)  # type: ignore[arg-type]
+            elif then is not None:
+                seconds = max(0.0, then.when - self._clock.now())
+                next_try = f"fallback {then.lane.upstream}, now" if decided.fallback else f"in {seconds:.0f} s at {then.lane.upstream}"
+                in_doubt = outcome.in_doubt or any(r.in_doubt for r in recipients)
+                self._journal.deferred(**facts, next_try=next_try, in_doubt=in_doubt)  # type: ignore[arg-type]
+                if outcome.scope is Scope.CREDENTIAL:
+                    user = self._config.upstreams[lane.upstream].username or ""
+                    self._journal.auth_failed(upstream=lane.upstream, user=user, reply=str(outcome.reply))
+                if outcome.throttled:
+                    self._journal.throttled(upstream=lane.upstream, reply=str(outcome.reply))
+        self._tell_failed(claim, decided, bounce)
+
+    def _tell_failed(self, claim: Claim, decided: Plan, bounce: Draft | None) -> None:
+        if bounce is not None:
+            self._journal.bounced(
+                id=claim.id, bounce=bounce.id, recipients=claim.envelope.sender, failed=_names([r for r, _ in decided.failed])
+            )
+        elif decided.failed:
+            self._journal.unbounced(
+                id=claim.id, sender=claim.envelope.sender or "<>", recipients=_names([r for r, _ in decided.failed]),
+                reason="a bounce is never bounced" if not claim.envelope.sender else "the sender asked for no notice",
+            )  # fmt: skip
+
+    def _tell_degraded(self, claim: Claim, decided: Plan) -> None:
+        """One event when a route begins to use its fallback."""
+        if claim.lane.route not in self._degraded:
+            self._degraded.add(claim.lane.route)
+            reply = next(str(o.reply) for o in decided.outcomes.values() if o.status is Status.DEFERRED)
+            self._journal.degraded(route=claim.lane.route, upstream=claim.lane.upstream, fallback=decided.fallback, reply=reply)
+
+    def _tell_recovered(self, lane: Lane) -> None:
+        """One event when a degraded route's own upstream takes mail again."""
+        route = self._router.route(lane.route)
+        if lane.route in self._degraded and route is not None and route.upstream == lane.upstream:
+            self._degraded.discard(lane.route)
+            self._journal.recovered(route=lane.route, upstream=lane.upstream)
+
+
+def _by_status(claim: Claim, decided: Plan) -> dict[Status, list[Recipient]]:
+    found: dict[Status, list[Recipient]] = {}
+    for recipient in claim.envelope.recipients:
+        found.setdefault(decided.outcomes[recipient.address].status, []).append(recipient)
+    return found
+
+
+def _names(recipients: "list[Recipient] | tuple[Recipient, ...]") -> str:
+    return ",".join(r.address for r in recipients)

@@ -1,0 +1,250 @@
+"""Decide about a message and take custody of it: policy, route, trace field, spool, reply.
+
+Called by listeners, verb by verb. What a route's conditions need is known at RCPT for all but null senders, so a refusal comes as early
+as it can. Never meets delivery: the spool is between them, and a message that can go at once is handed over already claimed.
+
+State: none but what it was built with. Laws: 250 only after the spool has the message; a fault of ours is 451 or 452, never 5xx.
+"""
+
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from typing import Protocol
+
+from relay.clock import Clock
+from relay.config.model import Config, Route
+from relay.mail import header
+from relay.mail.envelope import Envelope, Facts, Origin, Recipient
+from relay.mail.permission import objection
+from relay.mail.reply import Reply
+from relay.mail.rewrite import envelope_sender, rewrite_header
+from relay.observe.journal import Journal
+from relay.routing import Router, complete, expand_alias
+from relay.spool.base import Claim, Content, ContentWriter, Draft, Lane, Spool, SpoolError, SpoolFull
+
+#: RFC 5321 section 6.3 asks for at least 100 hops; real paths have under 20, and a loop that is cut at 50 costs half as much.
+_HOPS_LIMIT = 50
+_OWN_HOPS_LIMIT = 5
+HEADER_LIMIT_BYTES = 1024 * 1024
+
+# What a client calls itself goes into the trace field: only what cannot end a comment or a line there.
+_UNSAFE_NAME = re.compile(r"[^A-Za-z0-9.:\[\]_-]")
+
+_LOOP = Reply(554, "5.4.6", "Mail loop: too many Received header fields")
+_HEADER_TOO_LARGE = Reply(552, "5.3.4", "The header is too large")
+_NO_ROUTE = Reply(550, "5.7.1", "No route for this sender")
+_NO_SPACE = Reply(452, "4.3.1", "Insufficient storage, try again later")
+_FAULT = Reply(451, "4.3.0", "Local error, try again later")
+_BARE_REFUSED = Reply(501, "5.1.3", "A recipient address needs a domain")
+_BARE_SENDER_REFUSED = Reply(501, "5.1.7", "A sender address needs a domain")
+_TOO_MANY_RECIPIENTS = Reply(452, "4.5.3", "Too many recipients")
+
+
+class Dispatch(Protocol):
+    """Where a message can go on without waiting in a lane: delivery, as intake sees it."""
+
+    def reserve(self, lane: Lane) -> bool:
+        """Whether the lane's upstream has a free slot; True takes it."""
+        ...
+
+    def release(self, lane: Lane) -> None:
+        """Give a reserved slot back unused."""
+        ...
+
+    def start(self, claim: Claim) -> None:
+        """Attempt `claim` in the slot that was reserved for it."""
+        ...
+
+    def wake(self, lane: Lane, when: float) -> None:
+        """Mail waits in `lane`, due at `when`."""
+        ...
+
+
+@dataclass(slots=True)
+class Transaction:
+    """One mail transaction as it grows. `listener_limit`: recipients at most."""
+
+    origin: Origin
+    client_name: str
+    protocol: str
+    sender: str
+    smtputf8: bool
+    recipients: dict[str, tuple[Recipient, Route | None]] = field(default_factory=dict)
+
+
+class Intake:
+    """The relay's decisions about incoming mail."""
+
+    def __init__(self, config: Config, router: Router, spool: Spool, dispatch: Dispatch, journal: Journal, clock: Clock) -> None:
+        self._config = config
+        self._router = router
+        self._spool = spool
+        self._dispatch = dispatch
+        self._journal = journal
+        self._clock = clock
+        self._run = secrets.token_hex(4)  # makes Message-IDs of two relays with one host name differ
+        self._date = (0, "")
+
+    def spill(self) -> ContentWriter:
+        """A file for content that outgrows memory. Raises SpoolError."""
+        return self._spool.writer()
+
+    def obstacle(self) -> Reply | None:
+        """Why content would not be taken now: asked before 354, so that nothing is sent in vain."""
+        return _NO_SPACE if self._spool.unhealthy() is not None else None
+
+    def begin(self, origin: Origin, client_name: str, protocol: str, sender: str, *, smtputf8: bool) -> Transaction | Reply:
+        """Open a transaction at MAIL, or refuse the sender."""
+        if sender:
+            sender = complete(sender, self._config.domain)
+            if "@" not in sender:
+                return _BARE_SENDER_REFUSED
+        if refusal := self._router.sender_refusal(sender, origin):
+            return Reply(550, "5.7.1", refusal)
+        return Transaction(origin, client_name, protocol, sender, smtputf8)
+
+    def add(self, transaction: Transaction, recipient: Recipient, *, limit: int) -> Reply | None:
+        """Add a recipient at RCPT (several, where it is an alias), or refuse it. Raises nothing."""
+        address = complete(recipient.address, self._config.domain)
+        if "@" not in address:
+            return _BARE_REFUSED
+        chosen: dict[str, tuple[Recipient, Route | None]] = {}
+        for target in expand_alias(address, self._config) if self._config.aliases else (address,):
+            route = None
+            if transaction.sender:  # a null sender's route may hang on the header From
+                route = self._router.match(Facts(transaction.sender, target, transaction.origin)).route
+                if (refusal := _refusal(route)) is not None:
+                    return refusal
+            chosen[target] = (Recipient(target, recipient.notify, recipient.orcpt), route)
+        if len(transaction.recipients.keys() | chosen.keys()) > limit:
+            return _TOO_MANY_RECIPIENTS
+        transaction.recipients |= chosen
+        return None
+
+    async def accept(self, transaction: Transaction, content: Content, head: bytes) -> Reply:
+        """Take custody. `head` is the content's beginning, at least all of its header block unless that is too large."""
+        block, _ = header.split(head)
+        if len(block) > HEADER_LIMIT_BYTES:
+            return _HEADER_TOO_LARGE
+        found = header.scan(block)
+        if found.received >= _OWN_HOPS_LIMIT and self._loops(found):
+            return _LOOP
+        origin, sender = transaction.origin, transaction.sender
+        author = header.from_address(found.from_values)
+        origin = Origin(origin.listener, origin.client, origin.user, origin.session, author)
+        by_route: dict[str, tuple[Route, list[Recipient]]] = {}
+        refused: list[Recipient] = []
+        for recipient, route in transaction.recipients.values():
+            if not sender:
+                route = self._router.match(Facts(sender, recipient.address, origin)).route
+            if route is None or _refusal(route) is not None:
+                refused.append(recipient)
+            else:
+                by_route.setdefault(route.name, (route, []))[1].append(recipient)
+        if not by_route:
+            return _NO_ROUTE
+        drafts = self._drafts(transaction, origin, content, found, list(by_route.values()))
+        for draft in drafts:
+            if (reply := self._forbidden(draft, found, block)) is not None:
+                return reply
+        if refused:  # only a null sender's recipients are still refused here, and a null sender cannot be told
+            names = ",".join(r.address for r in refused)
+            self._journal.unbounced(id=drafts[0].id, sender="<>", recipients=names, reason="no route for this sender")
+        return await self._take(drafts)
+
+    def _loops(self, found: header.Scan) -> bool:
+        return found.received >= _HOPS_LIMIT or header.traces_of(found, self._config.hostname) >= _OWN_HOPS_LIMIT
+
+    def _drafts(
+        self, transaction: Transaction, origin: Origin, content: Content, found: header.Scan, groups: Sequence[tuple[Route, list[Recipient]]]
+    ) -> list[Draft]:  # fmt: skip
+        now = self._clock.now()
+        summary = header.summary_of(found)
+        drafts: list[Draft] = []
+        prefix = b""
+        for route, recipients in groups:
+            assert route.upstream is not None, "a route that delivers has an upstream"
+            message_id = self._spool.new_id()
+            prefix = prefix or self._prefix(transaction, message_id, found, now)
+            rules = self._router.rewrite_for(route, route.upstream)
+            if rules is not None and rules.bcc and all(r.address != rules.bcc for r in recipients):
+                recipients = [*recipients, Recipient(rules.bcc, notify="NEVER")]
+            envelope = Envelope(transaction.sender, tuple(recipients), transaction.smtputf8)
+            drafts.append(Draft(message_id, Lane(route.upstream, route.name), envelope, content, now, prefix, origin, summary, due=now))
+        return drafts
+
+    def _prefix(self, transaction: Transaction, message_id: str, found: header.Scan, now: float) -> bytes:
+        """The header fields that we make, once: Received (RFC 5321 section 4.4), and Message-ID and Date where they are missing."""
+        hostname, date = self._config.hostname, self._formatted(now)
+        recipients = transaction.recipients
+        target = f"\r\n\tfor <{next(iter(recipients))}>" if len(recipients) == 1 else ""
+        name = _UNSAFE_NAME.sub("?", transaction.client_name) or "unknown"
+        client = transaction.origin.client
+        literal = f"IPv6:{client}" if ":" in client else client
+        text = (
+            f"Received: from {name} ([{literal}])\r\n\tby {hostname} with {transaction.protocol} id {message_id}{target};\r\n\t{date}\r\n"
+        )
+        if not found.has_message_id:
+            text += f"Message-ID: <{message_id}.{self._run}@{hostname}>\r\n"
+        if not found.has_date:
+            text += f"Date: {date}\r\n"
+        return text.encode("utf-8")
+
+    def _formatted(self, now: float) -> str:
+        second = int(now)
+        if self._date[0] != second:
+            self._date = (second, formatdate(second))
+        return self._date[1]
+
+    def _forbidden(self, draft: Draft, found: header.Scan, block: bytes) -> Reply | None:
+        """The refusal where the upstream's credential may not send this (law 6), judged by what would go out."""
+        senders = self._config.upstreams[draft.lane.upstream].senders
+        if not senders:
+            return None
+        route = self._router.route(draft.lane.route)
+        rules = self._router.rewrite_for(route, draft.lane.upstream) if route else None
+        if rules is not None:
+            found = header.scan(rewrite_header(block, rules))
+        reason = objection(senders, envelope_sender(draft.envelope.sender, rules), found)
+        return Reply(550, "5.7.1", f"Not one of the senders of this upstream: {reason}") if reason else None
+
+    async def _take(self, drafts: list[Draft]) -> Reply:
+        dispatch = self._dispatch
+        claimed = [dispatch.reserve(draft.lane) for draft in drafts]
+        claims: Sequence[Claim | None] = []
+        try:
+            claims = await self._spool.put(drafts, claimed)
+        except SpoolFull as error:
+            self._journal.note("error", str(error))
+            return _NO_SPACE
+        except SpoolError as error:
+            self._journal.fault("taking custody", error, id=drafts[0].id)
+            return _FAULT
+        finally:
+            if not claims:
+                for draft, reserved in zip(drafts, claimed, strict=True):
+                    if reserved:
+                        dispatch.release(draft.lane)
+        for draft, claim in zip(drafts, claims, strict=True):
+            self._note(draft)
+            if claim is not None:
+                dispatch.start(claim)
+            else:
+                dispatch.wake(draft.lane, draft.due)
+        return Reply(250, "2.0.0", f"Ok: queued as {drafts[0].id}")
+
+    def _note(self, draft: Draft) -> None:
+        origin = draft.origin
+        self._journal.accepted(
+            id=draft.id, session=origin.session, listener=origin.listener, client=origin.client, user=origin.user, route=draft.lane.route,
+            upstream=draft.lane.upstream, sender=draft.envelope.sender or "<>", size=draft.content.size,
+            recipients=",".join(r.address for r in draft.envelope.recipients),
+        )  # fmt: skip
+
+
+def _refusal(route: Route | None) -> Reply | None:
+    if route is None:
+        return _NO_ROUTE
+    return Reply(550, "5.7.1", route.reject) if route.reject is not None else None

@@ -1,0 +1,308 @@
+"""The header block as bytes: where it ends, its fields, what a few of them say (RFC 5322 section 2.2).
+
+Nothing here is ever serialised again: cutting and joining gives back the same bytes, junk lines included. Reading is strict where
+tenancy depends on it (`from_address` fails closed) and forgiving where only a person looks (`unfold`). Content is expected with
+CRLF line ends, as it is stored; a bare LF counts as a line end too, because some receivers see it so.
+"""
+
+import re
+from binascii import Error as Base64Error
+from binascii import a2b_base64, a2b_qp
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from relay.mail.address import AddressError, domain_of, local_of, parse_path
+from relay.mail.envelope import NO_SUMMARY, Summary
+from relay.mail.reply import printable
+
+_SUMMARY_LIMIT = 200  # characters
+_SHOWN_LIMIT_OCTETS = 4096  # of a field, when it is decoded for a person
+_MAILBOX_LIMIT_OCTETS = 4096  # a From longer than this is not read
+_RUN_LIMIT = 16384  # characters of neighbouring encoded words: a few of Python's codecs take quadratic time
+
+# The mbox line `From app Tue Nov…` before the header is junk that old programs write; it does not end the header block.
+_FIRST_LINE = re.compile(rb"[!-9;-~]+[ \t]*:|>?From ")
+_FIELD = re.compile(rb"[^\n]*\n(?:[ \t][^\n]*\n?)*|[^\n]+")
+_NAME = re.compile(rb"([!-9;-~]+)[ \t]*:")
+_FIELD_NAME = re.compile(r"[!-9;-~]{1,76}")
+_SCANNED = re.compile(
+    rb"^(received|message-id|date|from|sender|to|cc|subject)[ \t]*:([^\n]*(?:\n[ \t][^\n]*)*)", re.IGNORECASE | re.MULTILINE
+)
+_FOLD = re.compile(rb"\r?\n(?=[ \t])")
+_WORD = r"=\?([!-)+-<>@-Z^-~]+)(?:\*[A-Za-z0-9-]*)?\?([bBqQ])\?([^?\s]*)\?="
+_ENCODED_WORD = re.compile(_WORD)
+_ENCODED_RUN = re.compile(rf"{_WORD}(?:\s+{_WORD})*")
+
+# `=?` in an address is kept for the slow way. Possessive throughout: a stranger's field costs linear time.
+_PLAIN_FROM = re.compile(
+    rb"(?:([A-Za-z0-9!#$%&'*+/=?^_`{|}~. \t\x80-\xff-]*+|[ \t]*+\"[^\"\\\r\n\x00]*+\"[ \t]*+)"
+    rb"<([A-Za-z0-9!#$%&'*+/^_`{|}~.-]++@[A-Za-z0-9.-]++)>|[ \t]*+([A-Za-z0-9!#$%&'*+/^_`{|}~.-]++@[A-Za-z0-9.-]++))[ \t]*+"
+)
+_TOKEN = re.compile(
+    rb"(?P<blank>[ \t]+)|(?P<quoted>\"(?:[^\"\\\r\n\x00]|\\[^\r\n\x00])*\")|(?P<word>[A-Za-z0-9!#$%&'*+/=?^_`{|}~.\x80-\xff-]+)"
+    rb"|(?P<special>[<>@\[\]:])"
+)
+
+
+class Field(NamedTuple):
+    """One header field: its name as written (`b""` for a junk line) and all its bytes, folds and line ends included."""
+
+    name: bytes
+    raw: bytes
+
+
+class Mailbox(NamedTuple):
+    """One mailbox as a field has it: the display name's raw bytes (without a comment's brackets), and the address."""
+
+    name: bytes
+    address: str
+
+
+@dataclass(slots=True)
+class Scan:
+    """What one look at a header block tells. Values are raw: the bytes behind the colon, folds included."""
+
+    traces: list[bytes] = field(default_factory=list)
+    has_message_id: bool = False
+    has_date: bool = False
+    from_values: list[bytes] = field(default_factory=list)
+    sender_values: list[bytes] = field(default_factory=list)
+    to: bytes = b""
+    cc: bytes = b""
+    subject: bytes = b""
+
+    @property
+    def received(self) -> int:
+        """How many Received fields there are."""
+        return len(self.traces)
+
+
+def split(content: bytes) -> tuple[bytes, bytes]:
+    """Cut content into the header block, with its last line end, and the rest, beginning with the empty line.
+
+    Content whose first line is no field has an empty header block, and its rest begins with that line: `separator` tells what to
+    put between. Content without an empty line is all header block. `block + rest == content`, always.
+    """
+    if content.startswith(b"\r\n"):
+        return b"", content
+    if not _FIRST_LINE.match(content):
+        return b"", content
+    end = content.find(b"\r\n\r\n")
+    if end < 0:
+        return content, b""
+    return content[: end + 2], content[end + 2 :]
+
+
+def separator(rest: bytes) -> bytes:
+    """What must stand between a header block and a `rest` that `split` gave: nothing, or the missing empty line."""
+    return b"" if not rest or rest.startswith(b"\r\n") else b"\r\n"
+
+
+def fields(block: bytes) -> list[Field]:
+    """The fields of a header block in their order. Joined, their `raw` is the block."""
+    found = []
+    for raw in _FIELD.findall(block):
+        match = _NAME.match(raw)
+        found.append(Field(match[1] if match else b"", raw))
+    return found
+
+
+def join(parts: Iterable[Field]) -> bytes:
+    """The header block of these fields."""
+    return b"".join([part.raw for part in parts])
+
+
+def is_field_name(text: str) -> bool:
+    """Whether `text` may name a header field."""
+    return _FIELD_NAME.fullmatch(text) is not None
+
+
+def value_of(raw: bytes) -> bytes:
+    """A field's value on one line, nothing decoded."""
+    return _FOLD.sub(b"", raw.partition(b":")[2]).strip(b" \t\r\n")
+
+
+def unfold(raw: bytes) -> str:
+    """A field's value on one line, decoded for display (RFC 2047). What cannot be decoded stays as it is."""
+    return decode(value_of(raw))
+
+
+def decode(value: bytes) -> str:
+    """Raw bytes of a value as text: UTF-8, or Latin-1 where they are not, with encoded words read."""
+    try:
+        text = value.decode("utf-8")
+    except UnicodeDecodeError:
+        text = value.decode("latin-1")
+    return _ENCODED_RUN.sub(_decode_run, text) if "=?" in text else text
+
+
+def scan(block: bytes) -> Scan:
+    """One look over the header block for what intake has to know."""
+    result = Scan()
+    for name, value in _SCANNED.findall(block):
+        match name.lower():
+            case b"received":
+                result.traces.append(value)
+            case b"from":
+                result.from_values.append(value.rstrip(b"\r"))
+            case b"to":
+                result.to = result.to or value
+            case b"subject":
+                result.subject = result.subject or value
+            case b"message-id":
+                result.has_message_id = True
+            case b"date":
+                result.has_date = True
+            case b"cc":
+                result.cc = result.cc or value
+            case b"sender":
+                result.sender_values.append(value.rstrip(b"\r"))
+    return result
+
+
+def traces_of(found: Scan, hostname: str) -> int:
+    """How many of the Received fields were made by `hostname`: its name follows the word `by`."""
+    by = re.compile(rb"\bby[ \t\r\n]+" + re.escape(hostname.encode()) + rb"(?![\w.-])", re.IGNORECASE)
+    return sum(1 for trace in found.traces if by.search(trace))
+
+
+def summary_of(found: Scan) -> Summary:
+    """To, Cc and Subject for the operator's eye."""
+    if not (found.to or found.cc or found.subject):
+        return NO_SUMMARY
+    return Summary(_shown(found.to), _shown(found.cc), _shown(found.subject))
+
+
+def from_address(values: list[bytes]) -> str:
+    """The address in the header From, in lower case, if there is exactly one field with exactly one mailbox; else `""`.
+
+    `values` are the raw values of all From fields. Also used for Sender.
+    """
+    if len(values) != 1:
+        return ""
+    found = mailbox(values[0])
+    if found is None or "@" not in found.address:
+        return ""
+    return f"{local_of(found.address).lower()}@{domain_of(found.address)}"
+
+
+def mailbox(value: bytes) -> Mailbox | None:
+    """The one mailbox that `value` holds, or None when it is a list, a group, obsolete syntax or anything doubtful.
+
+    The address may be bare: old programs write `From: root (Cron Daemon)`.
+    """
+    if match := _PLAIN_FROM.fullmatch(value):
+        name, angled, alone = match.groups(b"")
+        return _mailbox(name.strip(), angled or alone)
+    if len(value) > _MAILBOX_LIMIT_OCTETS:
+        return None
+    return _read_mailbox(_FOLD.sub(b"", value).strip(b" \t\r\n"))
+
+
+def _read_mailbox(value: bytes) -> Mailbox | None:
+    """The full grammar: comments, quoted local parts, address literals. None as soon as anything has two readings."""
+    comments: list[bytes] = []
+    phrase = b""
+    address = b""
+    angled = closed = False
+    place = 0
+    while place < len(value):
+        if value[place : place + 1] == b"(":
+            end = _comment_end(value, place)
+            if end < 0:
+                return None
+            comments.append(value[place + 1 : end - 1])
+            phrase, place = phrase + (b"" if angled else b" "), end
+            continue
+        token = _TOKEN.match(value, place)
+        if token is None:
+            return None
+        text, kind, place = token[0], token.lastgroup, token.end()
+        if kind == "blank":
+            phrase += b"" if angled else b" "
+        elif closed:
+            return None
+        elif text == b"<":
+            if angled:
+                return None
+            angled = True
+        elif text == b">":
+            closed = True
+            if not angled:
+                return None
+        elif angled:
+            if value[place - len(text) - 1 : place - len(text)] in (b" ", b"\t", b")"):
+                return None
+            address += text
+        else:
+            phrase += text
+    phrase = phrase.strip()
+    if not angled:
+        if re.search(rb"[ \t]", _without_quotes(phrase)):
+            return None
+        return _mailbox(comments[0].strip() if comments else b"", phrase)
+    if not closed or re.search(rb"[@\[\]:]", _without_quotes(phrase)):
+        return None
+    return _mailbox(phrase or (comments[0].strip() if comments else b""), address)
+
+
+def _mailbox(name: bytes, address: bytes) -> Mailbox | None:
+    try:
+        text = address.decode("utf-8")
+        parsed, rest = parse_path(f"<{text}>")
+    except (UnicodeDecodeError, AddressError):
+        return None
+    # An encoded word is no address, but there are receivers that decode first and look for the address afterwards.
+    if not parsed or rest or text.startswith("@") or "=?" in parsed:
+        return None
+    return Mailbox(name, parsed)
+
+
+def _comment_end(value: bytes, place: int) -> int:
+    """The place behind the comment that opens at `place`, or -1."""
+    depth = 0
+    while place < len(value):
+        octet = value[place : place + 1]
+        if octet == b"\\":
+            place += 1
+        elif octet == b"(":
+            depth += 1
+        elif octet == b")":
+            depth -= 1
+            if depth == 0:
+                return place + 1
+        elif octet in b"\r\n\x00":
+            return -1
+        place += 1
+    return -1
+
+
+def _without_quotes(phrase: bytes) -> bytes:
+    return re.sub(rb'"(?:[^"\\]|\\.)*"', b"", phrase)
+
+
+def _shown(value: bytes) -> str:
+    if value.isascii() and b"=?" not in value and (text := value.strip().decode("ascii")).isprintable():
+        return text[:_SUMMARY_LIMIT]
+    return printable(unfold(b":" + value[:_SHOWN_LIMIT_OCTETS])).strip()[:_SUMMARY_LIMIT]
+
+
+def _decode_run(run: re.Match[str]) -> str:
+    """Neighbouring encoded words as text. Octets of one charset are joined first: some programs cut inside a character."""
+    if len(run[0]) > _RUN_LIMIT:
+        return run[0]
+    pieces: list[tuple[str, bytes]] = []
+    for charset, encoding, text in _ENCODED_WORD.findall(run[0]):
+        try:
+            octets = a2b_base64(text + "==") if encoding in "bB" else a2b_qp(text.encode(), header=True)
+        except (Base64Error, UnicodeEncodeError):
+            return run[0]
+        if pieces and pieces[-1][0] == charset.lower():
+            pieces[-1] = (charset.lower(), pieces[-1][1] + octets)
+        else:
+            pieces.append((charset.lower(), octets))
+    try:
+        return "".join(octets.decode(charset, "replace") for charset, octets in pieces)
+    except (LookupError, ValueError):
+        return run[0]

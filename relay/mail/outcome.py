@@ -1,0 +1,212 @@
+"""Decide what one SMTP reply or network failure means for one recipient.
+
+The only place where a code becomes a fate. Everything is a table, so that an operator's
+"why was this deferred?" has one page to read. Pure: no clock, no I/O.
+
+Laws: every (phase, event) pair has an entry; an unknown one is Deferred, never Sent.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+from relay.mail.reply import Reply
+
+
+class Phase(Enum):
+    """How far an attempt had come, in the order of an SMTP session."""
+
+    RESOLVE = "resolve"
+    CONNECT = "connect"
+    TLS = "tls"
+    GREETING = "greeting"
+    EHLO = "ehlo"
+    STARTTLS = "starttls"
+    AUTH = "auth"
+    MAIL = "mail"
+    RCPT = "rcpt"
+    DATA = "data"
+    CONTENT = "content"  # octets are under way, the last one is not yet handed to the transport
+    FINAL = "final"  # the last octet is handed over: from here to the reply the message is in doubt
+
+
+class Failure(Enum):
+    """What else can happen in a phase than a reply."""
+
+    UNREACHABLE = "unreachable"  # no address, refused, no route
+    TIMEOUT = "timeout"
+    CLOSED = "closed"  # the connection ended
+    NONSENSE = "nonsense"  # bytes that are no SMTP reply
+    UNTRUSTED = "untrusted"  # certificate or handshake
+    LACKING = "lacking"  # an extension or mechanism that this message or configuration needs is not offered
+
+
+class Status(Enum):
+    SENT = "sent"
+    DEFERRED = "deferred"
+    FAILED = "failed"
+
+
+class Scope(Enum):
+    """How far an outcome speaks: about this recipient, this message, or everybody who uses this upstream or credential."""
+
+    RECIPIENT = "recipient"
+    MESSAGE = "message"
+    UPSTREAM = "upstream"
+    CREDENTIAL = "credential"
+
+
+class Outcome(NamedTuple):
+    """The fate of one recipient after one attempt.
+
+    `in_doubt`: the upstream may have taken the message. `throttled`: it asks us to slow down; no attempt is counted and no
+    fallback is tried. `fallback`: another upstream may be tried at once.
+    """
+
+    status: Status
+    scope: Scope
+    phase: Phase
+    reply: Reply
+    in_doubt: bool = False
+    throttled: bool = False
+    fallback: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table of fates: in these phases, on this event, this is the fate.
+
+    `event` is a Failure, or a pattern over the reply: a code with `x` for any digit, and an enhanced code with `x` for any
+    number (`""`: whatever it is), and a phrase that the text must contain, in lower case (`""`: any).
+    """
+
+    phases: tuple[Phase, ...]
+    event: Failure | tuple[str, str, str]
+    status: Status
+    scope: Scope
+    why: str
+    in_doubt: bool = False
+    throttled: bool = False
+    fallback: bool = False
+
+
+_SETUP = (Phase.RESOLVE, Phase.CONNECT, Phase.TLS, Phase.GREETING, Phase.EHLO, Phase.STARTTLS)
+_COMMANDS = (Phase.MAIL, Phase.RCPT, Phase.DATA)
+_BEFORE_FINAL = (*_SETUP, Phase.AUTH, *_COMMANDS, Phase.CONTENT)
+_TRANSACTION = (*_COMMANDS, Phase.CONTENT, Phase.FINAL)
+_ANY = tuple(Phase)
+
+_SENT, _DEFERRED, _FAILED = Status.SENT, Status.DEFERRED, Status.FAILED
+_RECIPIENT, _MESSAGE, _UPSTREAM, _CREDENTIAL = Scope.RECIPIENT, Scope.MESSAGE, Scope.UPSTREAM, Scope.CREDENTIAL
+
+#: The table of fates. The first row that fits decides.
+TABLE: tuple[Row, ...] = (
+    # -- throttling: slow down, wait, no fallback --------------------------------------------------------------------
+    # RFC 3207 gives 454 to a server whose TLS is broken, and many send it with 4.7.0: that is no request to slow down.
+    Row((Phase.STARTTLS,), ("454", "", ""), _DEFERRED, _UPSTREAM, "TLS is not available there", fallback=True),
+    Row(_ANY, ("454", "4.7.0", ""), _DEFERRED, _UPSTREAM, "throttled", throttled=True),
+    Row(_ANY, ("432", "4.3.2", ""), _DEFERRED, _UPSTREAM, "throttled: too many connections", throttled=True),
+    Row(_ANY, ("421", "4.7.x", ""), _DEFERRED, _UPSTREAM, "throttled", throttled=True),
+    Row((Phase.AUTH,), ("454", "", ""), _DEFERRED, _UPSTREAM, "temporary authentication failure", throttled=True),
+    # -- the credential is at fault, whoever the message is for ---------------------------------------------------------
+    Row(_ANY, ("530", "", ""), _DEFERRED, _CREDENTIAL, "the upstream wants authentication or TLS", fallback=True),
+    Row(_ANY, ("534", "", ""), _DEFERRED, _CREDENTIAL, "the upstream refuses this login mechanism", fallback=True),
+    Row(_ANY, ("535", "", ""), _DEFERRED, _CREDENTIAL, "the upstream refuses the credential", fallback=True),
+    Row(_ANY, ("538", "", ""), _DEFERRED, _CREDENTIAL, "the upstream wants encryption for this login", fallback=True),
+    Row(_TRANSACTION, ("5xx", "", "relay access denied"), _DEFERRED, _CREDENTIAL, "not allowed to relay", fallback=True),
+    Row(_TRANSACTION, ("5xx", "", "relaying denied"), _DEFERRED, _CREDENTIAL, "not allowed to relay", fallback=True),
+    Row((Phase.AUTH,), ("5xx", "", ""), _DEFERRED, _CREDENTIAL, "authentication refused", fallback=True),
+    Row((Phase.AUTH,), ("4xx", "", ""), _DEFERRED, _UPSTREAM, "authentication deferred", fallback=True),
+    Row((Phase.AUTH,), Failure.LACKING, _DEFERRED, _CREDENTIAL, "no usable login mechanism is offered", fallback=True),
+    # -- the upstream is at fault -----------------------------------------------------------------------------------------
+    Row(_ANY, ("421", "", ""), _DEFERRED, _UPSTREAM, "the upstream is closing the connection", fallback=True),
+    Row(_SETUP, ("xxx", "", ""), _DEFERRED, _UPSTREAM, "the session could not be opened", fallback=True),
+    Row((Phase.MAIL,), Failure.LACKING, _FAILED, _UPSTREAM, "the upstream lacks what this message needs", fallback=True),
+    Row((Phase.FINAL,), Failure.TIMEOUT, _DEFERRED, _UPSTREAM, "no reply after the last octet", in_doubt=True),
+    Row((Phase.FINAL,), Failure.CLOSED, _DEFERRED, _UPSTREAM, "connection lost after the last octet", in_doubt=True),
+    Row((Phase.FINAL,), Failure.NONSENSE, _DEFERRED, _UPSTREAM, "no SMTP reply after the last octet", in_doubt=True),
+    Row(_BEFORE_FINAL, Failure.UNREACHABLE, _DEFERRED, _UPSTREAM, "unreachable", fallback=True),
+    Row(_BEFORE_FINAL, Failure.TIMEOUT, _DEFERRED, _UPSTREAM, "no answer in time", fallback=True),
+    Row(_BEFORE_FINAL, Failure.CLOSED, _DEFERRED, _UPSTREAM, "connection lost", fallback=True),
+    Row(_BEFORE_FINAL, Failure.NONSENSE, _DEFERRED, _UPSTREAM, "not an SMTP reply", fallback=True),
+    Row(_BEFORE_FINAL, Failure.UNTRUSTED, _DEFERRED, _UPSTREAM, "TLS failed", fallback=True),
+    Row(_BEFORE_FINAL, Failure.LACKING, _DEFERRED, _UPSTREAM, "not offered by the upstream", fallback=True),
+    # -- the sender may not use this upstream: another one may take it ---------------------------------------------------
+    Row((Phase.MAIL,), ("5xx", "5.7.x", ""), _FAILED, _UPSTREAM, "this sender is not permitted", fallback=True),
+    Row((Phase.MAIL,), ("553", "", ""), _FAILED, _UPSTREAM, "this sender is not permitted", fallback=True),
+    Row((Phase.DATA, Phase.FINAL), ("5xx", "5.7.60", ""), _FAILED, _UPSTREAM, "may not send as this From", fallback=True),
+    Row((Phase.FINAL,), ("554", "", "not verified"), _FAILED, _UPSTREAM, "the From is not verified there", fallback=True),
+    # -- this recipient or this message -----------------------------------------------------------------------------------
+    Row((Phase.RCPT,), ("2xx", "", ""), _DEFERRED, _UPSTREAM, "taken, and the transaction went no further"),
+    Row((Phase.RCPT,), ("4xx", "", ""), _DEFERRED, _RECIPIENT, "the recipient is deferred"),
+    Row((Phase.RCPT,), ("5xx", "", ""), _FAILED, _RECIPIENT, "the recipient is refused"),
+    Row((Phase.FINAL,), ("2xx", "", ""), _SENT, _MESSAGE, "taken"),
+    Row(_TRANSACTION, ("4xx", "", ""), _DEFERRED, _MESSAGE, "the message is deferred"),
+    Row(_TRANSACTION, ("5xx", "", ""), _FAILED, _MESSAGE, "the message is refused"),
+    # -- all the rest: a reply that has no business here ------------------------------------------------------------------
+    Row(_BEFORE_FINAL, ("xxx", "", ""), _DEFERRED, _UPSTREAM, "an unexpected reply", fallback=True),
+    Row((Phase.FINAL,), ("xxx", "", ""), _DEFERRED, _UPSTREAM, "an unexpected reply", in_doubt=True),
+    Row((Phase.FINAL,), Failure.UNREACHABLE, _DEFERRED, _UPSTREAM, "connection lost after the last octet", in_doubt=True),
+    Row((Phase.FINAL,), Failure.UNTRUSTED, _DEFERRED, _UPSTREAM, "TLS failed after the last octet", in_doubt=True),
+    Row((Phase.FINAL,), Failure.LACKING, _DEFERRED, _UPSTREAM, "not offered by the upstream", in_doubt=True),
+)
+
+
+#: The rows that a reply can meet, by phase and first digit: nearly every reply is a 2xx, which few rows are about.
+_BY_DIGIT: dict[tuple[Phase, str], tuple[Row, ...]] = {
+    (phase, digit): tuple(
+        row for row in TABLE if phase in row.phases and not isinstance(row.event, Failure) and row.event[0][0] in ("x", digit)
+    )
+    for phase in Phase
+    for digit in "0123456789"
+}
+
+
+def outcome_of_reply(phase: Phase, reply: Reply) -> Outcome:
+    """What `reply`, given in `phase`, means for a recipient of the transaction."""
+    if phase is Phase.FINAL and reply.positive:  # the row for it, without looking through the table: nearly every message ends here
+        return Outcome(Status.SENT, Scope.MESSAGE, phase, reply)
+    return _outcome(row_for(phase, reply), phase, reply)
+
+
+def outcome_of_failure(phase: Phase, failure: Failure, text: str) -> Outcome:
+    """What a failure without a reply means. `text` says in plain words what happened; it becomes the outcome's reply, code 0."""
+    return _outcome(row_for(phase, failure), phase, Reply(0, "", text))
+
+
+def row_for(phase: Phase, event: Reply | Failure) -> Row:
+    """The row of the table that decides."""
+    rows = TABLE if isinstance(event, Failure) else _BY_DIGIT[phase, f"{event.code:03}"[0]]
+    for row in rows:
+        if phase in row.phases and _fits(row.event, event):
+            return row
+    raise AssertionError(f"the table of fates has no row for {phase} and {event}")  # test_outcome proves it total
+
+
+def rows_by_phase() -> Iterator[tuple[Phase, Row]]:
+    """Every row once per phase it speaks for, in the order of a session: for people to read."""
+    for phase in Phase:
+        for row in TABLE:
+            if phase in row.phases:
+                yield phase, row
+
+
+def _outcome(row: Row, phase: Phase, reply: Reply) -> Outcome:
+    return Outcome(row.status, row.scope, phase, reply, row.in_doubt, row.throttled, row.fallback)
+
+
+def _fits(pattern: Failure | tuple[str, str, str], event: Reply | Failure) -> bool:
+    if isinstance(pattern, Failure) or isinstance(event, Failure):
+        return pattern is event
+    code, enhanced, phrase = pattern
+    if not all(p in ("x", digit) for p, digit in zip(code, f"{event.code:03}", strict=True)):
+        return False
+    if enhanced and not _fits_enhanced(enhanced, event.enhanced):
+        return False
+    return phrase in event.text.lower()
+
+
+def _fits_enhanced(pattern: str, enhanced: str) -> bool:
+    wanted, got = pattern.split("."), enhanced.split(".")
+    return len(got) == len(wanted) and all(w in ("x", g) for w, g in zip(wanted, got, strict=True))

@@ -1,0 +1,246 @@
+"""Which route takes a message for one recipient, and why: the first one whose conditions all hold.
+
+Pure: the same configuration and facts always give the same route. Every route is filed under the patterns it names, and an
+address knows the few patterns that can match it, so that a look-up costs the same with ten routes and with a hundred thousand.
+Also here: what completes and multiplies recipients before they are routed, and what a route changes at each of its upstreams.
+Conditions come from `config` in the form in which they compare: lower case, domains as A-labels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+from relay.config.model import Config, Route, effective_rewrite
+from relay.config.model import Rewrite as RewriteSettings
+from relay.mail.address import folded, patterns_for
+from relay.mail.envelope import Facts, Origin
+from relay.mail.rewrite import Rewrite
+
+_NO_RULES = Rewrite()
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The route that takes a recipient, or None, and why in words for the operator."""
+
+    route: Route | None
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one route made of the facts."""
+
+    route: Route
+    matched: bool
+    why: str
+
+
+NO_MATCH = Match(None, "no route takes this sender")
+
+
+class Router:
+    """The routes of one configuration, indexed. A reload makes a new one."""
+
+    def __init__(self, config: Config) -> None:
+        self._routes = config.routes
+        self._by_name = {route.name: route for route in config.routes}
+        self._by_sender: dict[str, list[int]] = {}
+        self._by_recipient: dict[str, list[int]] = {}
+        # Routes for every sender and some recipients are filed by recipient: there may be as many of them as of tenants.
+        self._with_recipient: list[int] = []
+        for number, route in enumerate(config.routes):
+            if "*" in route.sender and route.recipient and "*" not in route.recipient:
+                self._with_recipient.append(number)
+                _file(self._by_recipient, route.recipient, number)
+            else:
+                _file(self._by_sender, ("*",) if "*" in route.sender else route.sender, number)
+        self._matches: dict[int, Match] = {}
+        self._rewrites: dict[tuple[str, str], Rewrite | None] = {}
+
+    def match(self, facts: Facts) -> Match:
+        """The first route whose conditions all hold for these facts."""
+        origin = facts.origin
+        lists = self._candidates(facts.sender, origin)
+        if self._by_recipient:
+            lists += _filed(self._by_recipient, patterns_for(facts.recipient))
+        for number in _merged(lists):
+            route = self._routes[number]
+            if route.recipient and not _meets(route.recipient, facts.recipient):
+                continue
+            if _admits(route, origin):
+                return self._matches.get(number) or self._matches.setdefault(number, Match(route, describe(route)))
+        return NO_MATCH
+
+    def route(self, name: str) -> Route | None:
+        """The route of that name."""
+        return self._by_name.get(name)
+
+    def explain(self, facts: Facts) -> list[Verdict]:
+        """Every route up to the first match, with the condition that failed or all that held. Slow: for people."""
+        verdicts = []
+        for route in self._routes:
+            failed = next(_failures(route, facts), "")
+            verdicts.append(Verdict(route, not failed, failed or describe(route)))
+            if not failed:
+                break
+        return verdicts
+
+    def sender_refusal(self, sender: str, origin: Origin) -> str:
+        """Why no recipient could be taken from this sender, known at MAIL already; `""` when some might.
+
+        Either the text of the route that rejects, or that there is no route. Of a null sender nothing is known before its header.
+        """
+        if not sender and not origin.header_from and self._routes:
+            return ""
+        decided = len(self._routes)
+        refusal = NO_MATCH.why
+        for number in _merged(self._candidates(sender, origin)):
+            route = self._routes[number]
+            if not _admits(route, origin):
+                continue
+            if not route.recipient or "*" in route.recipient:
+                decided, refusal = number, route.reject or ""
+                break
+            if not route.reject:
+                return ""
+        for number in self._with_recipient if refusal else ():
+            if number >= decided:
+                break
+            if not self._routes[number].reject and _admits(self._routes[number], origin):
+                return ""
+        return refusal
+
+    def could_match_sender(self, sender: str, origin: Origin) -> bool:
+        """Whether any route may still take mail from this sender, before recipients and header are known."""
+        return not self.sender_refusal(sender, origin)
+
+    def rewrite_for(self, route: Route, upstream: str) -> Rewrite | None:
+        """What `route` changes at `upstream`, or None: its own rules, with those of the fallback laid over them key by key."""
+        key = (route.name, upstream)
+        if key not in self._rewrites:
+            rules = rules_of(effective_rewrite(route, upstream))
+            self._rewrites[key] = None if rules == _NO_RULES else rules
+        return self._rewrites[key]
+
+    def _candidates(self, sender: str, origin: Origin) -> list[list[int]]:
+        """The routes whose sender condition holds, by pattern."""
+        if sender:
+            return _filed(self._by_sender, patterns_for(sender))
+        return _filed(self._by_sender, ("<>", *patterns_for(origin.header_from)))
+
+
+def upstreams_of(route: Route) -> tuple[str, ...]:
+    """The route's upstream and its fallbacks in order; none for a route that rejects."""
+    return () if route.upstream is None else (route.upstream, *(fallback.upstream for fallback in route.fallback))
+
+
+def rules_of(settings: RewriteSettings) -> Rewrite:
+    """The configuration's rewrite in the form that `mail.rewrite` applies."""
+    return Rewrite(
+        from_name=settings.from_.name if settings.from_ else None,
+        from_address=settings.from_.address if settings.from_ else None,
+        reply_to=settings.reply_to,
+        envelope_sender=settings.envelope_sender,
+        set_headers=tuple(settings.set_headers.items()),
+        add_headers=tuple(settings.add_headers.items()),
+        remove_headers=settings.remove_headers,
+        subject_prefix=settings.subject_prefix,
+        bcc=settings.bcc,
+    )
+
+
+def complete(address: str, domain: str | None) -> str:
+    """A bare address with our domain; without one it stays bare, which the caller refuses."""
+    return address if not address or domain is None or "@" in address else f"{address}@{domain}"
+
+
+def expand_alias(address: str, config: Config) -> tuple[str, ...]:
+    """The recipients that a completed address stands for: itself, or what its alias says, and so on.
+
+    An alias that leads back to a name already on the way ends there, as that name itself: nobody is lost in a circle.
+    """
+    if not config.aliases:
+        return (address,)
+    found: dict[str, str] = {}
+    _follow(address, config, found, ())
+    return tuple(found.values())
+
+
+def describe(route: Route) -> str:
+    """The conditions of a route in words."""
+    parts = ["every sender" if "*" in route.sender else f"sender {', '.join(route.sender)}"]
+    parts += [f"recipient {', '.join(route.recipient)}"] if route.recipient else []
+    parts += [f"client {', '.join(map(str, route.client))}"] if route.client else []
+    parts += [f"listener {', '.join(route.listener)}"] if route.listener else []
+    return "; ".join(parts)
+
+
+def _file(index: dict[str, list[int]], patterns: tuple[str, ...], number: int) -> None:
+    for pattern in patterns:
+        index.setdefault(pattern, []).append(number)
+
+
+def _filed(index: dict[str, list[int]], patterns: tuple[str, ...]) -> list[list[int]]:
+    return [index[pattern] for pattern in patterns if pattern in index]
+
+
+def _merged(lists: list[list[int]]) -> list[int]:
+    """The numbers of ascending lists, ascending. One may come twice: asking a route again is cheaper than a set."""
+    return lists[0] if len(lists) == 1 else sorted([number for numbers in lists for number in numbers])
+
+
+def _meets(conditions: tuple[str, ...], address: str) -> bool:
+    return any(pattern in conditions for pattern in patterns_for(address))
+
+
+def _admits(route: Route, origin: Origin) -> bool:
+    """Whether the conditions hold that are about where the message came from."""
+    if route.listener and origin.listener not in route.listener:
+        return False
+    if not route.client:
+        return True
+    client = _client_address(origin.client)
+    return client is not None and any(client in network for network in route.client)
+
+
+@lru_cache(maxsize=8192)
+def _client_address(text: str) -> IPv4Address | IPv6Address | None:
+    """The client's address, an IPv4 one out of its IPv6 clothes; None for a Unix socket."""
+    try:
+        address = ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
+
+
+def _failures(route: Route, facts: Facts) -> Iterator[str]:
+    """The conditions of a route that do not hold, in words."""
+    origin = facts.origin
+    if "*" not in route.sender:
+        wanted = ", ".join(route.sender)
+        if facts.sender:
+            if not _meets(route.sender, facts.sender):
+                yield f"sender {facts.sender} is not {wanted}"
+        elif "<>" not in route.sender and not origin.header_from:
+            yield f"the null sender, without a From that can be read, is not {wanted}"
+        elif "<>" not in route.sender and not _meets(route.sender, origin.header_from):
+            yield f"the null sender, with {origin.header_from} in From, is not {wanted}"
+    if route.recipient and not _meets(route.recipient, facts.recipient):
+        yield f"recipient {facts.recipient} is not {', '.join(route.recipient)}"
+    if route.listener and origin.listener not in route.listener:
+        yield f"listener {origin.listener or 'unknown'} is not {', '.join(route.listener)}"
+    if route.client and not _admits(route, Origin(listener=route.listener[0] if route.listener else "", client=origin.client)):
+        yield f"client {origin.client or 'unknown'} is not in {', '.join(map(str, route.client))}"
+
+
+def _follow(address: str, config: Config, found: dict[str, str], path: tuple[str, ...]) -> None:
+    name = folded(address)
+    local, _, domain = name.rpartition("@")
+    targets = config.aliases.get(name) or (config.aliases.get(local) if domain == config.domain else None)
+    if not targets or name in path:
+        found.setdefault(name, address)
+        return
+    for target in targets:
+        _follow(target, config, found, (*path, name))

@@ -1,0 +1,204 @@
+"""The spool: durable custody of accepted mail, and the only meeting point of intake and delivery.
+
+This module is the protocol and its laws; `sqlite` and `memory` implement it and pass one contract suite.
+
+Laws: after `put` returns, a crash loses nothing. What `put` was given is taken whole or not at all. A claim is exclusive until it
+expires; settling with a stale token changes nothing and raises LeaseLost. A settle is one step: results, bounce, lane and next
+time are durable together, and content is removed only after the last recipient is accounted for.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, NewType, Protocol
+
+from relay.mail.envelope import NO_ORIGIN, NO_SUMMARY, Envelope, Origin, Summary
+from relay.mail.outcome import Outcome
+
+#: What clients, logs and operators call a message: 13 or more hexadecimal digits, rising with time.
+MessageId = NewType("MessageId", str)
+
+#: Content above this many octets is a file of its own, not a row (SQLite reads and writes larger blobs slower than the file system).
+FILE_ABOVE_BYTES = 256 * 1024
+
+
+class SpoolError(Exception):
+    """Custody could not be taken or changed: an I/O error, a damaged file. Nothing was changed; try again later."""
+
+
+class SpoolFull(SpoolError):
+    """No room: the disk is full or the spool's own limit is reached."""
+
+
+class SpoolInUse(SpoolError):
+    """Another relay holds this directory."""
+
+
+class LeaseLost(Exception):
+    """The claim has expired or was taken over; somebody else decides about the message now."""
+
+
+class Lane(NamedTuple):
+    """The due messages of one route at one upstream."""
+
+    upstream: str
+    route: str
+
+
+class Content(NamedTuple):
+    """The content of one message: `octets`, or a file at `path`. `size` in octets. `eight_bit`: has an octet above 127.
+
+    `dotted`: may have a line that begins with a dot; where it is known to have none, sending need not look.
+    """
+
+    size: int
+    octets: bytes | None = None
+    path: Path | None = None
+    eight_bit: bool = False
+    dotted: bool = True
+
+
+class Draft(NamedTuple):
+    """One message for one lane, before custody.
+
+    `prefix` are the header fields that we made at intake (Received, missing Message-ID and Date): they go before the content,
+    whose bytes are never edited. `due`: seconds since the epoch. `held`: a reason to keep it until somebody releases it.
+    Drafts of one `put` that carry the same `content` object share it on disk: a message split over several routes.
+    """
+
+    id: MessageId
+    lane: Lane
+    envelope: Envelope
+    content: Content
+    created: float
+    prefix: bytes = b""
+    origin: Origin = NO_ORIGIN
+    summary: Summary = NO_SUMMARY
+    due: float = 0.0
+
+
+class Claim(NamedTuple):
+    """An exclusive right to attempt one message until `lease_until` (seconds since the epoch).
+
+    `attempt` counts from 1.
+    """
+
+    id: MessageId
+    token: int
+    lane: Lane
+    envelope: Envelope
+    content: Content
+    created: float
+    attempt: int
+    lease_until: float
+    prefix: bytes = b""
+    origin: Origin = NO_ORIGIN
+    summary: Summary = NO_SUMMARY
+
+
+class Next(NamedTuple):
+    """What becomes of the recipients that are still to be served: due at `when` (seconds since the epoch) in `lane`.
+
+    `counted`: whether the attempt that ends here counts (a throttled one does not). `held`: why nobody shall try, or `""`.
+    """
+
+    when: float
+    lane: Lane
+    counted: bool = True
+    held: str = ""
+
+
+class Settlement(NamedTuple):
+    """The end of one claim: an outcome for every recipient it had, what is next for those deferred, and the bounce, if any."""
+
+    claim: Claim
+    outcomes: Mapping[str, Outcome]
+    next: Next | None = None
+    bounce: Draft | None = None
+
+
+class Queued(NamedTuple):
+    """The operator's view of one queued message. `state` is one of due, active, deferred, held."""
+
+    id: MessageId
+    state: str
+    lane: Lane
+    sender: str
+    recipients: tuple[str, ...]
+    size: int
+    created: float
+    due: float
+    attempts: int
+    held: str = ""
+    last_reply: str = ""
+    in_doubt: bool = False
+
+
+class LogEntry(NamedTuple):
+    """One recipient's result of one attempt, from the delivery log. `delay`: seconds from acceptance to this result."""
+
+    time: float
+    id: MessageId
+    lane: Lane
+    sender: str
+    recipient: str
+    status: str
+    attempt: int
+    delay: float
+    size: int
+    reply: str
+    created: float
+    summary: Summary = NO_SUMMARY
+
+
+class ContentWriter(Protocol):
+    """Takes content as it arrives, in memory while it is small and in a file of the spool when it grows.
+
+    After `finish()` the content may be put; after `discard()` nothing is left. One of the two must be called.
+    """
+
+    async def write(self, octets: bytes) -> None: ...
+    async def finish(self) -> Content: ...
+    def discard(self) -> None: ...
+
+
+class Spool(Protocol):
+    """Durable custody. After put() returns, a crash loses nothing."""
+
+    def new_id(self) -> MessageId:
+        """An id that this spool has never given before."""
+        ...
+
+    def writer(self) -> ContentWriter:
+        """A place for content that is still arriving."""
+        ...
+
+    async def put(self, drafts: Sequence[Draft], claimed: Sequence[bool]) -> Sequence[Claim | None]:
+        """Take custody of all `drafts` or none. Where `claimed` says so the draft is stored as already claimed for its first attempt.
+
+        Raises SpoolFull or SpoolError; then nothing was taken and the content is discarded.
+        """
+        ...
+
+    async def claim(self, lane: Lane, limit: int) -> Sequence[Claim]:
+        """Claim up to `limit` messages of `lane` that are due now; fresh and retried mail in turn."""
+        ...
+
+    async def settle(self, settlement: Settlement) -> None:
+        """End a claim. Raises LeaseLost when the claim is no longer ours, SpoolError when it could not be stored."""
+        ...
+
+    async def renew(self, claims: Sequence[Claim]) -> Sequence[Claim]:
+        """Prolong claims. Those that were lost are missing from the answer."""
+        ...
+
+    async def next_due(self) -> Mapping[Lane, float]:
+        """When each lane that has waiting mail is due next. Held mail does not count."""
+        ...
+
+    def unhealthy(self) -> str | None:
+        """Why custody cannot be taken at the moment, or None. Cheap: no I/O."""
+        ...
+
+    async def close(self) -> None:
+        """Finish what is under way and let the directory go."""
+        ...

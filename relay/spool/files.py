@@ -1,0 +1,178 @@
+"""Content as files: what is too large for a row of the spool, and what is too large for memory while it arrives.
+
+Write order: octets, fsync of the file, rename into `content/`, fsync of that directory; only then may the record that names it be
+committed. A file without a record is what a crash leaves: it is removed at the next start.
+
+State: the two directories, and the temporary files of content that is still arriving.
+"""
+
+import asyncio
+import errno
+import fcntl
+import os
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from relay.spool.base import Content, SpoolError, SpoolFull, SpoolInUse
+
+_T = TypeVar("_T")
+
+#: A growing file is flushed every so often, so that the last fsync is short and no other commit waits behind a long one.
+_FLUSH_EVERY_BYTES = 8 * 1024 * 1024
+
+
+class DirectoryLock:
+    """The exclusive right to a spool directory, held until `release` or the end of the process."""
+
+    def __init__(self, directory: Path) -> None:
+        self._descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(self._descriptor)
+            raise SpoolInUse(f"{directory} is in use by another relay (process {holder})") from None
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        os.close(self._descriptor)
+
+
+class ContentFiles:
+    """The files of one spool directory. Blocking work runs in a few threads of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self._incoming = directory / "incoming"
+        self._content = directory / "content"
+        for path in (directory, self._incoming, self._content):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        sync_directory(directory)
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="spool-files")
+        self._count = 0
+
+    def path(self, number: int) -> Path:
+        """Where content `number` lives."""
+        return self._content / f"{number:013X}"
+
+    def writer(self) -> "FileWriter":
+        """A new file for content that is still arriving. Raises SpoolFull or SpoolError."""
+        self._count += 1
+        try:
+            return FileWriter(self._incoming / f"{os.getpid()}-{self._count}", self.run)
+        except OSError as error:
+            raise storage_error(error) from error
+
+    async def store(self, content: Content, number: int) -> Content:
+        """Make `content` durable as file `number`. Raises SpoolFull or SpoolError, and then leaves nothing behind."""
+        return await self.run(lambda: self._store(content, number))
+
+    def remove(self, numbers: Iterable[int]) -> None:
+        """Remove content whose record is gone. A file that stays behind is removed at the next start."""
+        for number in numbers:
+            self.path(number).unlink(missing_ok=True)
+
+    def sweep(self, kept: Callable[[int], bool]) -> int:
+        """Remove every file that no record names, and return how many. Only while nobody writes."""
+        strays = [path for path in self._content.iterdir() if not kept(_number(path.name))]
+        strays += self._incoming.iterdir()
+        for path in strays:
+            path.unlink()
+        return len(strays)
+
+    async def run(self, work: Callable[[], _T]) -> _T:
+        """Run blocking file work in a thread; OSError becomes SpoolFull or SpoolError."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except OSError as error:
+            raise storage_error(error) from error
+
+    def close(self) -> None:
+        self._threads.shutdown()
+
+    def _store(self, content: Content, number: int) -> Content:
+        source = content.path or self._incoming / f"{os.getpid()}-{number:X}"
+        try:
+            if content.octets is not None:
+                with open(source, "xb", buffering=0) as file:
+                    _write_all(file.fileno(), content.octets)
+                    os.fsync(file.fileno())
+            os.rename(source, self.path(number))
+            sync_directory(self._content)
+        except OSError:
+            source.unlink(missing_ok=True)
+            raise
+        return content._replace(path=self.path(number))
+
+
+class FileWriter:
+    """One file that grows with its content. See `spool.base.ContentWriter`."""
+
+    def __init__(self, path: Path, run: Callable[[Callable[[], None]], Awaitable[None]]) -> None:
+        self._path = path
+        self._run = run
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._size = 0
+        self._flushed = 0
+        self._ascii = True
+
+    async def write(self, octets: bytes) -> None:
+        """Append. Raises SpoolFull or SpoolError; the caller then discards the writer."""
+        self._size += len(octets)
+        self._ascii = self._ascii and octets.isascii()
+        await self._run(lambda: self._append(octets))
+
+    async def finish(self) -> Content:
+        """Make the content durable and return it. The file still belongs to nobody: put it or discard it."""
+        await self._run(self._sync)
+        self._close()
+        return Content(self._size, None, self._path, eight_bit=not self._ascii)
+
+    def discard(self) -> None:
+        self._close()
+        self._path.unlink(missing_ok=True)
+
+    def _append(self, octets: bytes) -> None:
+        _write_all(self._descriptor, octets)
+        if self._size - self._flushed >= _FLUSH_EVERY_BYTES:
+            self._sync()
+            self._flushed = self._size
+
+    def _sync(self) -> None:
+        os.fdatasync(self._descriptor)
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def storage_error(error: OSError) -> SpoolError:
+    """An operating system's error in the spool's words."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return SpoolFull(f"no space left for the spool: {error.strerror}")
+    return SpoolError(f"the spool cannot be written: {error.strerror}")
+
+
+def _write_all(descriptor: int, octets: bytes) -> None:
+    view = memoryview(octets)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _number(name: str) -> int:
+    try:
+        return int(name, 16)
+    except ValueError:
+        return -1

@@ -1,0 +1,85 @@
+"""How drafts, claims and log entries become rows and come back: pure, no database.
+
+`recipients` is the address itself for the plain single recipient, else a JSON list of [address, notify, orcpt, in doubt].
+`facts` is a JSON object with the keys below that differ from their default; readers ignore keys that they do not know.
+"""
+
+import json
+from collections.abc import Iterable
+
+from relay.mail.envelope import NO_SUMMARY, Envelope, Origin, Recipient, Summary
+from relay.spool.base import Content, MessageId, Settlement
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def number_of(message_id: str) -> int:
+    """The id as the integer that is its primary key. Raises ValueError for what is no id."""
+    return int(message_id, 16)
+
+
+def id_of(number: int) -> MessageId:
+    return MessageId(f"{number:013X}")
+
+
+def pack_recipients(recipients: Iterable[Recipient]) -> str:
+    rows = [(r.address, r.notify, r.orcpt, int(r.in_doubt)) for r in recipients]
+    if len(rows) == 1 and rows[0][1:] == ("", "", 0) and rows[0][0][:1] != "[":
+        return rows[0][0]
+    return _encode(rows)
+
+
+def unpack_recipients(text: str, *, in_doubt: bool = False) -> tuple[Recipient, ...]:
+    """`in_doubt`: whatever the row says, a claim ended without a word, so every recipient is in doubt."""
+    if text[:1] != "[":
+        return (Recipient(text, in_doubt=in_doubt),)
+    return tuple(Recipient(address, notify, orcpt, bool(doubt) or in_doubt) for address, notify, orcpt, doubt in json.loads(text))
+
+
+def pack_facts(envelope: Envelope, origin: Origin, summary: Summary, content: Content) -> str:
+    facts = {
+        "listener": origin.listener,
+        "client": origin.client,
+        "user": origin.user,
+        "session": origin.session,
+        "from": origin.header_from,
+        "to": summary.to,
+        "cc": summary.cc,
+        "subject": summary.subject,
+        "ret": envelope.ret,
+        "envid": envelope.envid,
+        "utf8": envelope.smtputf8,
+        "8bit": content.eight_bit,
+        "dots": content.dotted,
+    }
+    return _encode({key: value for key, value in facts.items() if value})
+
+
+def unpack_facts(text: str) -> tuple[Origin, Summary, dict[str, str | bool]]:
+    """The origin, the summary, and the rest: `ret`, `envid`, `utf8`, `8bit`, `dots` where they were set."""
+    facts = json.loads(text)
+    get = facts.get
+    origin = Origin(get("listener", ""), get("client", ""), get("user", ""), get("session", ""), get("from", ""))
+    return origin, Summary(get("to", ""), get("cc", ""), get("subject", "")), facts
+
+
+def unpack_envelope(sender: str, recipients: tuple[Recipient, ...], facts: dict[str, str | bool]) -> Envelope:
+    return Envelope(sender, recipients, bool(facts.get("utf8")), str(facts.get("ret", "")), str(facts.get("envid", "")))
+
+
+def log_rows(settlement: Settlement, number: int, now: float) -> list[tuple[object, ...]]:
+    """One row of the delivery log for each recipient of the attempt."""
+    claim, outcomes = settlement.claim, settlement.outcomes
+    summary = claim.summary
+    text = _encode([summary.to, summary.cc, summary.subject]) if summary != NO_SUMMARY else ""
+    return [
+        (
+            now, number, claim.created, *claim.lane, claim.envelope.sender, r.address, outcomes[r.address].status.value, claim.attempt,
+            claim.content.size, str(outcomes[r.address].reply), text,
+        )
+        for r in claim.envelope.recipients
+    ]  # fmt: skip
+
+
+def unpack_summary(text: str) -> Summary:
+    return Summary(*json.loads(text)) if text else NO_SUMMARY

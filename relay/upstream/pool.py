@@ -1,0 +1,107 @@
+"""The open sessions of every upstream, each with that upstream's own credential.
+
+Sessions are shared by nobody but the messages of one upstream: two tenants on the same host never meet (law 6). How many may be used
+at once is the scheduler's business; the pool keeps what it is given back and closes what has been idle for too long.
+
+State: the idle sessions by upstream name, newest last.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from relay.clock import Clock
+from relay.config.model import Upstream
+from relay.mail.outcome import Outcome, Phase, Scope
+from relay.upstream.session import CannotOpen, Session, open_session
+from relay.upstream.tls import Contexts
+from relay.upstream.transaction import Outgoing, Stale
+
+#: Shorter than any large provider's own patience with an idle client, so that we are the one who says QUIT.
+IDLE_SECONDS = 20.0
+_SWEEP_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class _Idle:
+    session: Session
+    since: float
+
+
+class Pool:
+    """Sends messages to upstreams over sessions that it keeps open."""
+
+    def __init__(self, upstreams: Mapping[str, Upstream], *, hostname: str, clock: Clock) -> None:
+        self._upstreams = upstreams
+        self._hostname = hostname
+        self._clock = clock
+        self._contexts = Contexts()
+        self._idle: dict[str, list[_Idle]] = {}
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    async def send(self, name: str, message: Outgoing) -> list[Outcome]:
+        """Send `message` to the upstream called `name`: one outcome per recipient, in their order. Never raises for the other side."""
+        upstream = self._upstreams[name]
+        session = self._take(name)
+        try:
+            if session is not None:
+                try:
+                    return await session.send(message)
+                except Stale:
+                    session.quit()
+            session = await self._open(upstream)
+            return await session.send(message)
+        except CannotOpen as error:
+            session = None
+            return [error.outcome] * len(message.recipients)
+        finally:
+            if session is not None:
+                self._give_back(name, session)
+
+    async def close(self) -> None:
+        """Say QUIT everywhere."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for sessions in self._idle.values():
+            for idle in sessions:
+                idle.session.quit()
+        self._idle.clear()
+
+    async def _open(self, upstream: Upstream) -> Session:
+        """A session to the first host that takes us. A refused credential is not tried on the next host. Raises CannotOpen."""
+        for host in upstream.host[:-1]:
+            try:
+                return await open_session(upstream, host, ehlo=upstream.ehlo or self._hostname, contexts=self._contexts)
+            except CannotOpen as error:
+                if error.outcome.scope is Scope.CREDENTIAL or error.outcome.throttled or error.outcome.phase is Phase.AUTH:
+                    raise
+        return await open_session(upstream, upstream.host[-1], ehlo=upstream.ehlo or self._hostname, contexts=self._contexts)
+
+    def _take(self, name: str) -> Session | None:
+        sessions = self._idle.get(name)
+        while sessions:
+            session = sessions.pop().session
+            if session.usable:
+                return session
+            session.quit()
+        return None
+
+    def _give_back(self, name: str, session: Session) -> None:
+        if not session.usable:
+            session.quit()
+            return
+        self._idle.setdefault(name, []).append(_Idle(session, self._clock.monotonic()))
+        if self._sweeper is None:
+            self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep)
+
+    def _sweep(self) -> None:
+        """Close what has been idle for too long; the oldest are in front."""
+        self._sweeper = None
+        deadline = self._clock.monotonic() - IDLE_SECONDS
+        for name, sessions in list(self._idle.items()):
+            while sessions and (sessions[0].since <= deadline or not sessions[0].session.usable):
+                sessions.pop(0).session.quit()
+            if not sessions:
+                del self._idle[name]
+        if self._idle:
+            self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep)

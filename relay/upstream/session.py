@@ -1,0 +1,211 @@
+"""Open one session to one host of an upstream: connect, TLS, EHLO, AUTH; then send messages over it.
+
+aiosmtplib does the opening, step by step, so that a failure is known by its phase; after that its transport is taken over
+(`upstream.wire`). TLS is verified and never downgraded; one login mechanism is chosen by us and no second one is tried.
+
+State: the wire, what the upstream offers, how many messages it has carried.
+"""
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Awaitable
+from typing import NoReturn, cast
+
+import aiosmtplib
+
+from relay.config.model import Upstream
+from relay.mail.outcome import Failure, Outcome, Phase, outcome_of_failure, outcome_of_reply
+from relay.mail.reply import MalformedReply, parse_reply
+from relay.upstream.tls import Contexts
+from relay.upstream.transaction import Outgoing, Transaction
+from relay.upstream.wire import Wire
+
+_QUIT_SECONDS = 5.0
+
+
+class CannotOpen(Exception):
+    """The session could not be opened; `outcome` is what that means for every recipient."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(str(outcome.reply))
+        self.outcome = outcome
+
+
+class Session:
+    """One open, authenticated session. Carries one transaction at a time."""
+
+    def __init__(self, wire: Wire, extensions: frozenset[str], upstream: Upstream) -> None:
+        self._wire = wire
+        self._extensions = extensions
+        self._upstream = upstream
+        self._dirty = False
+        self._botched = False
+        self.messages = 0
+
+    @property
+    def usable(self) -> bool:
+        """Whether another message may be sent over it."""
+        return not self._botched and self._wire.lost is None and self.messages < self._upstream.limits.messages_per_connection
+
+    async def send(self, message: Outgoing) -> list[Outcome]:
+        """One outcome for each recipient, in their order. Raises Stale when the session had ended while it was idle."""
+        transaction = Transaction(self._wire, self._extensions, self._upstream.timeouts, message)
+        self._botched = True  # until proven otherwise: a cancelled transaction leaves the session out of step
+        outcomes = await transaction.run(reused=self.messages > 0, reset=self._dirty)
+        self._botched, self._dirty = transaction.botched, transaction.dirty
+        self.messages += 1
+        return outcomes
+
+    def quit(self) -> None:
+        """End the session politely if it is in step, at once if not."""
+        if self._botched:
+            self._wire.close()
+        else:
+            self._wire.quit(timeout_seconds=_QUIT_SECONDS)
+
+
+async def open_session(upstream: Upstream, host: str, *, ehlo: str, contexts: Contexts) -> Session:
+    """Open a session to `host` of `upstream`. Raises CannotOpen."""
+    try:
+        context = await contexts.get(upstream)
+    except (OSError, ValueError) as error:
+        _fail(Phase.TLS, Failure.UNTRUSTED, f"the CA file {upstream.ca_file} cannot be loaded: {error}")
+    client = aiosmtplib.SMTP(
+        hostname=host,
+        port=upstream.port,
+        local_hostname=ehlo,
+        source_address=(upstream.source_address, 0) if upstream.source_address else None,
+        timeout=upstream.timeouts.connect,
+        use_tls=upstream.security == "tls",
+        start_tls=False,
+        tls_context=context,
+    )
+    try:
+        await _connect(client, host, upstream)
+        await _greet(client, upstream)
+        if upstream.security == "starttls":
+            await _start_tls(client, host, upstream, context)
+        await _authenticate(client, upstream)
+    except BaseException:
+        client.close()
+        raise
+    extensions = frozenset(_extensions(client))
+    transport = cast(asyncio.Transport, client.transport)
+    return Session(Wire(transport), extensions, upstream)
+
+
+async def _connect(client: aiosmtplib.SMTP, host: str, upstream: Upstream) -> None:
+    where = f"{host}:{upstream.port}"
+    try:
+        await client.connect()
+    except aiosmtplib.SMTPConnectTimeoutError as error:
+        phase = Phase.GREETING if "ready message" in error.message else Phase.CONNECT
+        _fail(phase, Failure.TIMEOUT, f"{where} did not answer within {upstream.timeouts.connect:g} s")
+    except aiosmtplib.SMTPResponseException as error:
+        _refuse(Phase.GREETING, error, where)
+    except aiosmtplib.SMTPConnectError as error:
+        cause = error.__cause__
+        if isinstance(cause, socket.gaierror):
+            _fail(Phase.RESOLVE, Failure.UNREACHABLE, f"the name {host} cannot be resolved: {cause.strerror}")
+        if isinstance(cause, ssl.SSLError):
+            _fail(Phase.TLS, Failure.UNTRUSTED, f"TLS with {where} failed: {_tls_reason(cause)}")
+        if isinstance(cause, aiosmtplib.SMTPServerDisconnected):
+            _fail(Phase.GREETING, Failure.CLOSED, f"{where} closed the connection instead of greeting")
+        _fail(Phase.CONNECT, Failure.UNREACHABLE, f"{where}: {_os_reason(cause or error)}")
+    except (ValueError, UnicodeError) as error:
+        _fail(Phase.RESOLVE, Failure.UNREACHABLE, f"the name {host} cannot be used: {error}")
+
+
+async def _greet(client: aiosmtplib.SMTP, upstream: Upstream) -> None:
+    """EHLO, or HELO where nothing that needs EHLO is asked for (RFC 5321 section 3.2)."""
+    timeout = upstream.timeouts.command
+    try:
+        await client.ehlo(timeout=timeout)
+    except aiosmtplib.SMTPHeloError as error:
+        if error.code not in (500, 502, 504) or upstream.security == "starttls" or _logs_in(upstream):
+            _refuse(Phase.EHLO, error, upstream.host[0])
+        await _step(Phase.EHLO, client.helo(timeout=timeout), upstream)
+    except (aiosmtplib.SMTPException, OSError) as error:
+        _translate(Phase.EHLO, error, upstream)
+
+
+async def _start_tls(client: aiosmtplib.SMTP, host: str, upstream: Upstream, context: ssl.SSLContext | None) -> None:
+    if not client.supports_extension("starttls"):
+        _fail(Phase.STARTTLS, Failure.LACKING, f"{host}:{upstream.port} does not offer STARTTLS, and mail does not go without")
+    try:
+        await client.starttls(tls_context=context, server_hostname=host, timeout=upstream.timeouts.command)
+    except ssl.SSLError as error:
+        _fail(Phase.TLS, Failure.UNTRUSTED, f"TLS with {host}:{upstream.port} failed: {_tls_reason(error)}")
+    except (aiosmtplib.SMTPException, OSError) as error:
+        _translate(Phase.STARTTLS, error, upstream)
+    await _step(Phase.EHLO, client.ehlo(timeout=upstream.timeouts.command), upstream)
+
+
+async def _authenticate(client: aiosmtplib.SMTP, upstream: Upstream) -> None:
+    if not _logs_in(upstream):
+        return
+    assert upstream.username is not None and upstream.password is not None, "the configuration has both or none"
+    offered = [mechanism.lower() for mechanism in client.server_auth_methods]
+    known = {"plain": client.auth_plain, "login": client.auth_login, "cram-md5": client.auth_crammd5}
+    wanted = list(known) if upstream.auth == "auto" else [upstream.auth]
+    chosen = next((mechanism for mechanism in wanted if mechanism in offered), None)
+    if chosen is None:
+        text = f"none of {', '.join(wanted)} is offered for the login (offered: {', '.join(offered) or 'nothing'})"
+        _fail(Phase.AUTH, Failure.LACKING, text)
+    login = known[chosen](upstream.username, upstream.password.reveal(), timeout=upstream.timeouts.command)
+    await _step(Phase.AUTH, login, upstream)
+
+
+async def _step(phase: Phase, work: Awaitable[object], upstream: Upstream) -> None:
+    try:
+        await work
+    except (aiosmtplib.SMTPException, OSError) as error:
+        _translate(phase, error, upstream)
+
+
+def _translate(phase: Phase, error: Exception, upstream: Upstream) -> NoReturn:
+    """The library's error, raised in `phase`, in our words."""
+    host = upstream.host[0]
+    if isinstance(error, aiosmtplib.SMTPResponseException):
+        _refuse(phase, error, host)
+    if isinstance(error, TimeoutError):
+        _fail(phase, Failure.TIMEOUT, f"{host} did not answer {phase.name} within {upstream.timeouts.command:g} s")
+    if isinstance(error, ConnectionError):
+        _fail(phase, Failure.CLOSED, f"{host} closed the connection at {phase.name}")
+    _fail(phase, Failure.NONSENSE, f"{host} at {phase.name}: {error}")
+
+
+def _refuse(phase: Phase, error: aiosmtplib.SMTPResponseException, host: str) -> NoReturn:
+    """A negative reply, or (code -1) something that is no reply."""
+    if error.code < 200:
+        _fail(phase, Failure.NONSENSE, f"{host} at {phase.name}: {error.message}")
+    lines = [f"{error.code} {line}".encode("utf-8", "replace") for line in error.message.split("\n")]
+    try:
+        reply = parse_reply(lines)
+    except MalformedReply as nonsense:
+        _fail(phase, Failure.NONSENSE, f"{host} at {phase.name}: {nonsense}")
+    raise CannotOpen(outcome_of_reply(phase, reply)) from None
+
+
+def _fail(phase: Phase, failure: Failure, text: str) -> NoReturn:
+    raise CannotOpen(outcome_of_failure(phase, failure, text)) from None
+
+
+def _logs_in(upstream: Upstream) -> bool:
+    return upstream.username is not None and upstream.auth != "none"
+
+
+def _extensions(client: aiosmtplib.SMTP) -> list[str]:
+    """Keywords in capitals; SIZE with its limit."""
+    return [f"SIZE {value}" if key == "size" and value else key.upper() for key, value in client.esmtp_extensions.items()]
+
+
+def _tls_reason(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_message
+    return error.reason or str(error)
+
+
+def _os_reason(error: BaseException) -> str:
+    return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or type(error).__name__

@@ -1,0 +1,226 @@
+"""One mail transaction on an open session, and exactly one outcome for each recipient (RFC 5321 section 3.3).
+
+MAIL, RCPT… and DATA go in one flight where the upstream offers PIPELINING (RFC 2920), one by one where it does not. What replies
+mean is decided in `mail.outcome`.
+"""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import NamedTuple
+
+from relay.config.model import Timeouts
+from relay.mail.content import stuff
+from relay.mail.outcome import Failure, Outcome, Phase, Status, outcome_of_failure, outcome_of_reply
+from relay.mail.reply import MalformedReply, Reply, parse_reply
+from relay.upstream.wire import Broken, Lines, Wire
+
+
+class Outgoing(NamedTuple):
+    """A message as it goes to one upstream: rewritten, not yet dot-stuffed.
+
+    `octets` is the whole content, or its beginning when `rest` gives the remainder in slices, from a file. `size` in octets.
+    `dotted`: a line may begin with a dot.
+    """
+
+    sender: str
+    recipients: Sequence[str]
+    octets: bytes
+    size: int
+    rest: Callable[[], AsyncIterator[bytes]] | None = None
+    eight_bit: bool = False
+    smtputf8: bool = False
+    dotted: bool = True
+
+
+class Stale(Exception):
+    """A reused connection had ended before it answered MAIL: nothing happened, the message may go on a new one."""
+
+
+class Transaction:
+    """Sends one Outgoing over a Wire. Made for one use.
+
+    After `run`, `botched` says that the connection is out of step or closed, and `dirty` that RSET must come before the next MAIL.
+    """
+
+    def __init__(self, wire: Wire, extensions: frozenset[str], timeouts: Timeouts, message: Outgoing) -> None:
+        self._wire = wire
+        self._extensions = extensions
+        self._timeouts = timeouts
+        self._message = message
+        self._outcomes: list[Outcome | None] = [None] * len(message.recipients)
+        self._phase = Phase.MAIL
+        self.botched = False
+        self.dirty = False
+
+    async def run(self, *, reused: bool, reset: bool) -> list[Outcome]:
+        """One outcome per recipient, in their order. `reset`: begin with RSET. Raises Stale, only when `reused`."""
+        lacking = self._lacking()
+        if lacking:
+            return self._fill(outcome_of_failure(Phase.MAIL, Failure.LACKING, f"the upstream does not offer {lacking}"))
+        try:
+            if await self._envelope(reused=reused, reset=reset):
+                await self._content()
+        except Broken as broken:
+            self.botched = True
+            self._fill(outcome_of_failure(self._phase, broken.failure, f"{broken} ({_MOMENT[self._phase]})"))
+        except MalformedReply as nonsense:
+            self.botched = True
+            self._fill(outcome_of_failure(self._phase, Failure.NONSENSE, f"{nonsense} ({_MOMENT[self._phase]})"))
+        return self._fill(None)
+
+    def _lacking(self) -> str:
+        message, extensions = self._message, self._extensions
+        if message.eight_bit and "8BITMIME" not in extensions:
+            return "8BITMIME"
+        if message.smtputf8 and "SMTPUTF8" not in extensions:
+            return "SMTPUTF8"
+        limit = next((e[5:] for e in extensions if e.startswith("SIZE ")), "")
+        if limit.isdigit() and 0 < int(limit) < message.size:  # RFC 1870: 0 says that no limit is in force
+            return f"SIZE {message.size} (its limit is {limit})"
+        return ""
+
+    # -- MAIL, RCPT, DATA -------------------------------------------------------------------------------------------------
+
+    async def _envelope(self, *, reused: bool, reset: bool) -> bool:
+        """Whether the upstream waits for the content."""
+        commands = [b"RSET\r\n"] if reset else []
+        commands.append(self._mail())
+        commands += [b"RCPT TO:<%b>\r\n" % recipient.encode("utf-8") for recipient in self._message.recipients]
+        commands.append(b"DATA\r\n")
+        pipelining = "PIPELINING" in self._extensions
+        replies: list[Lines] = []
+        if pipelining:
+            self._wire.write(b"".join(commands))
+        for number, command in enumerate(commands):
+            if not pipelining:
+                if command == b"DATA\r\n" and not self._taken(replies, reset=reset):
+                    break
+                self._wire.write(command)
+            while len(replies) <= number:
+                self._phase = self._phase_of(number, len(commands), reset=reset)
+                try:
+                    wanted = len(commands) - len(replies) if pipelining else 1
+                    replies += await self._wire.replies(wanted, timeout_seconds=self._timeouts.command)
+                except Broken:
+                    if reused and len(replies) <= int(reset):
+                        raise Stale from None
+                    self._judge(replies, reset=reset)
+                    raise
+            if not pipelining and number == int(reset) and not replies[-1][-1].startswith(b"2"):
+                break
+        if reused and replies[0][-1].startswith(b"421"):
+            raise Stale
+        self._judge(replies, reset=reset)
+        return self._go_ahead(replies, len(commands))
+
+    def _mail(self) -> bytes:
+        message, extensions = self._message, self._extensions
+        parameters = b""
+        if any(e == "SIZE" or e.startswith("SIZE ") for e in extensions):
+            parameters += b" SIZE=%d" % message.size
+        if "8BITMIME" in extensions and message.eight_bit:
+            parameters += b" BODY=8BITMIME"
+        if message.smtputf8:
+            parameters += b" SMTPUTF8"
+        return b"MAIL FROM:<%b>%b\r\n" % (message.sender.encode("utf-8"), parameters)
+
+    def _taken(self, replies: list[Lines], *, reset: bool) -> bool:
+        """Whether MAIL and at least one RCPT were answered with 2xx."""
+        codes = [lines[-1][:1] for lines in replies[int(reset) :]]
+        return codes[:1] == [b"2"] and b"2" in codes[1:]
+
+    def _judge(self, replies: list[Lines], *, reset: bool) -> None:
+        """Give every recipient that MAIL's or its own reply speaks against its outcome."""
+        envelope = replies[int(reset) : int(reset) + 1 + len(self._outcomes)]
+        for number, lines in enumerate(envelope):
+            if len(lines) == 1 and lines[0][:3] == b"250":
+                continue
+            reply = parse_reply(lines)
+            if reply.positive:
+                continue
+            outcome = outcome_of_reply(Phase.RCPT if number else Phase.MAIL, reply)
+            if number == 0:
+                self._fill(outcome)
+            elif self._outcomes[number - 1] is None:
+                self._outcomes[number - 1] = outcome
+            self._note(reply)
+
+    def _go_ahead(self, replies: list[Lines], wanted: int) -> bool:
+        """What the reply to DATA means, if there is one."""
+        refused = all(outcome is not None for outcome in self._outcomes)
+        self.dirty = refused
+        if len(replies) < wanted:  # never asked for
+            return False
+        self._phase = Phase.DATA
+        data = parse_reply(replies[-1])
+        if refused:
+            if data.code == 354:  # it waits for content that nobody shall get: there is no clean way back
+                self.botched = True
+            self._note(data)
+            return False
+        if data.code != 354:
+            self._fill(outcome_of_reply(Phase.DATA, data))
+            self.dirty = True
+            self._note(data)
+            return False
+        return True
+
+    def _phase_of(self, number: int, commands: int, *, reset: bool) -> Phase:
+        if number <= int(reset):
+            return Phase.MAIL
+        return Phase.DATA if number == commands - 1 else Phase.RCPT
+
+    # -- content ----------------------------------------------------------------------------------------------------------
+
+    async def _content(self) -> None:
+        message = self._message
+        self._phase = Phase.CONTENT
+        if message.rest is None:
+            # The dot goes in the same write as the content: apart, Nagle and delayed ACK cost 40 ms a message.
+            octets = stuff(message.octets) if message.dotted else message.octets
+            self._wire.write(octets + b".\r\n")
+        elif not await self._wire.send(_stuffed(message.octets, message.rest()), timeout_seconds=self._timeouts.data):
+            self.botched = True  # it answered in the middle: what it will do with the rest is anybody's guess
+            reply = parse_reply((await self._wire.replies(1, timeout_seconds=self._timeouts.command))[0])
+            self._fill(outcome_of_reply(Phase.CONTENT, reply))
+            return
+        self._phase = Phase.FINAL
+        reply = parse_reply((await self._wire.replies(1, timeout_seconds=self._timeouts.final))[0])
+        self._fill(outcome_of_reply(Phase.FINAL, reply))
+        self._note(reply)
+
+    def _note(self, reply: Reply) -> None:
+        if reply.code == 421:  # RFC 5321 section 3.8: it closes the channel
+            self.botched = True
+
+    def _fill(self, outcome: Outcome | None) -> list[Outcome]:
+        """Give `outcome` to everybody who has none yet."""
+        if outcome is not None:
+            self._outcomes = [known or outcome for known in self._outcomes]
+        return [known for known in self._outcomes if known is not None]
+
+
+_MOMENT = {
+    Phase.MAIL: "waiting for the reply to MAIL",
+    Phase.RCPT: "waiting for the reply to RCPT",
+    Phase.DATA: "waiting for the reply to DATA",
+    Phase.CONTENT: "sending the content",
+    Phase.FINAL: "after the final dot: it may have the message",
+}
+
+
+def any_taken(outcomes: Sequence[Outcome]) -> bool:
+    """Whether at least one recipient was sent to."""
+    return any(outcome.status is Status.SENT for outcome in outcomes)
+
+
+async def _stuffed(head: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Head and rest dot-stuffed, cut between lines, and the final dot in one slice with the last octets."""
+    carried = head
+    async for octets in rest:
+        end = octets.rfind(b"\n") + 1
+        if end:
+            yield stuff(carried + octets[:end])
+            carried = octets[end:]
+        else:
+            carried += octets
+    yield stuff(carried) + b".\r\n"

@@ -1,0 +1,150 @@
+"""The bytes between us and an upstream once the session is open: commands out, replies in, content with back-pressure.
+
+Takes over the transport that aiosmtplib opened, because that library sends one command at a time. Knows lines and replies, not what
+they mean.
+
+State: replies that have arrived and were not yet asked for, and the one waiter.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from relay.mail.outcome import Failure
+
+#: One reply may be this long; aiosmtplib and Postfix allow less. More is nonsense, not a reply.
+_REPLY_LIMIT_BYTES = 64 * 1024
+
+#: One reply's lines, without line ends.
+Lines = list[bytes]
+
+
+class Broken(Exception):
+    """The connection can no longer be used. `failure` says how, the text says it in plain words."""
+
+    def __init__(self, failure: Failure, text: str) -> None:
+        super().__init__(text)
+        self.failure = failure
+
+
+class Wire(asyncio.Protocol):
+    """One established connection. Used by one transaction at a time."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._transport = transport
+        self._rest = b""
+        self._lines: Lines = []
+        self._replies: list[Lines] = []
+        self._wanted = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self._lost: Broken | None = None
+        self._paused = False
+        transport.set_protocol(self)
+
+    @property
+    def lost(self) -> Broken | None:
+        """Why the connection cannot be used any more, or None. Something that arrives unasked ends it too."""
+        if self._lost is None and (self._replies or self._lines or self._rest) and self._waiter is None:
+            return Broken(Failure.CLOSED, "the upstream spoke without being asked")
+        return self._lost
+
+    def write(self, octets: bytes) -> None:
+        self._transport.write(octets)
+
+    async def replies(self, count: int, *, timeout_seconds: float) -> list[Lines]:
+        """The next `count` replies, or as many as arrived before the connection ended, if at least one did.
+
+        Raises Broken when there is none: the connection ended or the time ran out.
+        """
+        self._wanted = count
+        while len(self._replies) < count and self._lost is None:
+            await self._wait(timeout_seconds)
+        if not self._replies:
+            assert self._lost is not None, "the waiter ends with replies or a reason"
+            raise self._lost
+        taken, self._replies = self._replies[:count], self._replies[count:]
+        return taken
+
+    async def send(self, slices: AsyncIterator[bytes], *, timeout_seconds: float) -> bool:
+        """Write slices as fast as the other side takes them; `timeout_seconds` without progress end it.
+
+        True: the last octet is handed to the transport. False: a reply came before that. Raises Broken.
+        """
+        self._wanted = 1
+        async for octets in slices:
+            while self._paused and not self._replies and self._lost is None:
+                await self._wait(timeout_seconds)
+            if self._replies:
+                return False
+            if self._lost is not None:
+                raise self._lost
+            self._transport.write(octets)
+        return True
+
+    async def _wait(self, timeout_seconds: float) -> None:
+        self._waiter = waiter = self._loop.create_future()
+        timer = self._loop.call_later(timeout_seconds, self._expire, timeout_seconds)
+        try:
+            await waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
+
+    def quit(self, *, timeout_seconds: float) -> None:
+        """Say QUIT and close when the answer or the end comes, or after `timeout_seconds`."""
+        if self._lost is None:
+            self._lost = Broken(Failure.CLOSED, "closed by us")
+            self._transport.write(b"QUIT\r\n")
+            self._loop.call_later(timeout_seconds, self._transport.abort)
+
+    def close(self) -> None:
+        """End the connection at once: what is on it is not in step any more."""
+        if self._lost is None:
+            self._lost = Broken(Failure.CLOSED, "closed by us")
+        self._transport.abort()
+
+    # -- asyncio.Protocol -------------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        if self._lost is not None:  # the answer to QUIT, or an end that was already noticed
+            self._transport.close()
+            return
+        lines = (self._rest + data if self._rest else data).split(b"\n")
+        self._rest = lines.pop()
+        for line in lines:
+            self._lines.append(line.rstrip(b"\r"))
+            if line[3:4] != b"-":
+                self._replies.append(self._lines)
+                self._lines = []
+        if len(self._rest) + sum(map(len, self._lines)) > _REPLY_LIMIT_BYTES:
+            self._end(Broken(Failure.NONSENSE, f"a reply of more than {_REPLY_LIMIT_BYTES} octets"))
+            self._transport.abort()
+        elif self._waiter is not None and len(self._replies) >= self._wanted:
+            self._release()
+
+    def eof_received(self) -> bool:
+        self._end(Broken(Failure.CLOSED, "the upstream closed the connection"))
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(Broken(Failure.CLOSED, f"connection lost: {exc}" if exc else "the upstream closed the connection"))
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._release()
+
+    def _expire(self, timeout_seconds: float) -> None:
+        self._end(Broken(Failure.TIMEOUT, f"no answer within {timeout_seconds:g} s"))
+        self._transport.abort()
+
+    def _end(self, reason: Broken) -> None:
+        if self._lost is None:
+            self._lost = reason
+        self._release()
+
+    def _release(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -1,0 +1,75 @@
+"""Bounces and rewritten headers against the files beside this one. GOLDEN=1 writes the files anew: review the difference."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from relay.mail.bounce import Undelivered, make_bounce
+from relay.mail.envelope import Envelope, Recipient
+from relay.mail.outcome import Failure, Phase, outcome_of_failure, outcome_of_reply
+from relay.mail.reply import Reply
+from relay.mail.rewrite import Rewrite, rewrite_header
+
+HERE = Path(__file__).parent
+HEADER = (HERE / "headers" / "original.txt").read_bytes()
+
+RULES = {
+    "unchanged": None,
+    "from": Rewrite(from_name="Acme Billing", from_address="no-reply@acme.example"),
+    "from-name": Rewrite(from_name="Büro, Acme"),
+    "from-address": Rewrite(from_address="no-reply@acme.example"),
+    "fallback": Rewrite(
+        from_name="Acme via House",
+        from_address="no-reply@house.example",
+        reply_to="original",
+        envelope_sender="bounces@house.example",
+    ),
+    "reply-to": Rewrite(reply_to="support@acme.example"),
+    "headers": Rewrite(
+        set_headers=(("X-Mailer", "relay"), ("X-Tenant", "Größe")),
+        add_headers=(("X-Relay", "1"), ("Received", "by nowhere")),
+        remove_headers=("X-Originating-IP", "dkim-signature"),
+    ),
+    "subject": Rewrite(subject_prefix="[acme] "),
+    "long": Rewrite(set_headers=(("X-Words", "many words " * 120), ("X-Word", "x" * 1200)), subject_prefix="[Büro] "),
+}
+
+REFUSED = outcome_of_reply(Phase.RCPT, Reply(550, "5.1.1", "<bob@example.org>: Recipient address rejected: User unknown"))
+REJECTED = outcome_of_reply(Phase.FINAL, Reply(554, "", "Spam " * 60))
+EXPIRED = outcome_of_failure(Phase.CONNECT, Failure.UNREACHABLE, "mx.acme.example: connection refused")
+IN_DOUBT = outcome_of_failure(Phase.FINAL, Failure.TIMEOUT, "no reply within 600 s")
+
+BOUNCES = {
+    "refused": [(Recipient("bob@example.org"), REFUSED)],
+    "several": [
+        (Recipient("bob@example.org", orcpt="rfc822;Bob+40work@example.org"), REFUSED),
+        (Recipient("quiet@example.org", notify="NEVER"), REFUSED),
+        (Recipient("carol@example.org"), REJECTED),
+    ],
+    "expired": [(Recipient("bob@example.org"), EXPIRED)],
+    "in-doubt": [(Recipient("bob@example.org"), IN_DOUBT)],
+    "international": [(Recipient("jürgen@bücher.example"), outcome_of_reply(Phase.RCPT, Reply(550, "5.1.1", "jürgen ist unbekannt")))],
+}
+
+
+def agree(path: Path, octets: bytes) -> None:
+    if os.environ.get("GOLDEN") == "1":
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(octets)
+    assert octets.decode() == path.read_bytes().decode()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rewritten_header_is_as_it_was(name: str) -> None:
+    agree(HERE / "headers" / f"{name}.txt", rewrite_header(HEADER, RULES[name]))
+
+
+@pytest.mark.parametrize("name", BOUNCES)
+def test_a_bounce_is_as_it_was(name: str) -> None:
+    failed = BOUNCES[name]
+    envelope = Envelope("app@acme.example", tuple(recipient for recipient, _ in failed), envid="order+2B7" if name == "several" else "")
+    about = Undelivered("0123456789abc", envelope, failed, HEADER, 1_800_000_000.0, "acme", "" if name == "expired" else "mx.acme.example")
+    bounce = make_bounce(about, reporting_mta="relay.example.net", bounce_id="0123456789abd", now=1_800_345_600.0)
+    assert bounce is not None
+    agree(HERE / "bounces" / f"{name}.eml", bounce.content)

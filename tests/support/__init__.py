@@ -1,0 +1,1 @@
+"""What tests stand on: a scripted upstream, a raw client, the real process, certificates. Nothing here imports the relay."""

@@ -1,0 +1,133 @@
+"""Warnings: what is allowed and probably not meant, and nothing else."""
+
+import time
+from typing import Any
+
+import pytest
+
+from relay.config import lint
+from relay.config.model import Config
+
+
+def config(routes: list[dict[str, Any]], **upstreams: dict[str, Any]) -> Config:
+    names = {name for route in routes for name in (route.get("upstream"), route.get("fallback")) if name}
+    hosts = {name: {"host": f"smtp.{name}.example", **upstreams.get(name, {})} for name in sorted(names | set(upstreams))}
+    return Config.model_validate({"hostname": "relay.example.net", "upstreams": hosts, "routes": routes})
+
+
+def unreachable(*routes: dict[str, Any]) -> list[str]:
+    """The names of the routes, `a` to `z`, that are said to be unreachable."""
+    named = [{"name": chr(ord("a") + place), "reject": "no", **route} for place, route in enumerate(routes)]
+    found = lint.improbable(config(named))
+    return [named[problem.path[1]]["name"] for problem in found if "never taken" in problem.message]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({}, {"sender": "a.example"}),
+        ({"sender": "*"}, {"sender": "<>"}),
+        ({"sender": "a.example"}, {"sender": "A.example"}),
+        ({"sender": "a.example"}, {"sender": "user@a.example"}),
+        ({"sender": "user@a.example"}, {"sender": "user+tag@a.example"}),
+        ({"sender": "*.example"}, {"sender": "a.example"}),
+        ({"sender": "*.example"}, {"sender": "*.a.example"}),
+        ({"sender": "*.example"}, {"sender": "user@b.a.example"}),
+        ({"sender": ["a.example", "b.example"]}, {"sender": "b.example"}),
+        ({"sender": "a.example"}, {"sender": "a.example", "recipient": "b.example"}),
+        ({"recipient": "b.example"}, {"sender": "a.example", "recipient": ["b.example", "c@b.example"]}),
+        ({"client": "10.0.0.0/8"}, {"client": ["10.1.0.0/16", "10.2.3.4"]}),
+        ({"client": "2001:db8::/32"}, {"client": "2001:db8::1"}),
+        ({"listener": ["x", "y"]}, {"listener": "y"}),
+    ],
+)
+def test_a_route_behind_a_wider_one_is_unreachable(first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert unreachable(first, second) == ["b"]
+    assert unreachable(second, first) == ([] if first != second and second != {"sender": "A.example"} else ["b"])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"sender": "*.a.example"}, {"sender": "a.example"}),
+        ({"sender": "sub.a.example"}, {"sender": "a.example"}),
+        ({"sender": "a.example"}, {"sender": "<>"}),
+        ({"sender": "<>"}, {"sender": "*"}),
+        ({"sender": "a.example"}, {"sender": ["a.example", "b.example"]}),
+        ({"sender": "a.example", "recipient": "b.example"}, {"sender": "a.example"}),
+        ({"sender": "a.example", "client": "10.0.0.0/8"}, {"sender": "a.example", "client": "11.0.0.0/8"}),
+        ({"sender": "a.example", "listener": "x"}, {"sender": "a.example", "listener": "y"}),
+        ({"client": "10.0.0.0/8"}, {"client": "2001:db8::/32"}),
+        ({"sender": "a@a.example"}, {"sender": "b@a.example"}),
+        ({"sender": "user+tag@a.example"}, {"sender": "user@a.example"}),
+    ],
+)
+def test_a_route_that_takes_something_more_is_reachable(first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert unreachable(first, second) == []
+
+
+def test_several_routes_together_hide_one() -> None:
+    (problem,) = lint.improbable(
+        config([
+            {"name": "a", "sender": "a.example", "reject": "no"},
+            {"name": "b", "sender": "b.example", "reject": "no"},
+            {"name": "c", "sender": ["b.example", "x@a.example"], "reject": "no"},
+        ])
+    )  # fmt: skip
+    assert problem.path == ("routes", 2)
+    assert problem.message == "this route is never taken: a, b before it takes the same mail"
+    assert problem.severity == "warning"
+
+
+def test_many_routes_that_differ_in_one_condition_take_no_time() -> None:
+    for key, value in (("recipient", "u{}-{}@x.example"), ("listener", "l{}-{}"), ("client", "10.{}.{}.1")):
+        routes = [{"reject": "no", key: value.format(n // 250, n % 250)} for n in range(3000)]
+        began = time.monotonic()
+        assert list(lint.improbable(config(routes))) == []
+        assert time.monotonic() - began < 5
+
+
+def test_an_upstream_that_no_route_names_is_unused() -> None:
+    found = list(lint.improbable(config([{"upstream": "acme", "fallback": "house"}], spare={})))
+    assert [(problem.path, problem.message) for problem in found] == [(("upstreams", "spare"), "no route uses this upstream")]
+
+
+TENANTS = [{"sender": "a.example", "upstream": "a"}, {"sender": "b.example", "upstream": "b"}]
+
+
+def test_tenants_without_senders_are_one_warning() -> None:
+    (problem,) = lint.improbable(config(TENANTS, a={"senders": "a.example"}))
+    assert problem.path == ("upstreams",)
+    assert problem.message.startswith("several tenants, and no `senders` at b: ")
+    assert not list(lint.improbable(config(TENANTS, a={"senders": "a.example"}, b={"senders": "b.example"})))
+    many = [{"sender": f"t{n}.example", "upstream": f"t{n}"} for n in range(9)]
+    (problem,) = lint.improbable(config(many))
+    assert "at t0, t1, t2, t3, t4 and 4 more:" in problem.message
+
+
+def test_one_tenant_needs_no_senders_and_neither_does_the_house() -> None:
+    assert not list(lint.improbable(config([{"sender": "a.example", "upstream": "a"}, {"upstream": "house"}])))
+    bound = {name: {"senders": f"{name}.example"} for name in "ab"}
+    assert not list(lint.improbable(config([*TENANTS, {"upstream": "house", "fallback": "last"}], **bound)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "exposed", "where"),
+    [
+        ({"username": "a", "password": "x"}, True, ["password"]),
+        ({"username": "a", "password": "x"}, False, []),
+        ({"username": "a", "password": "x", "security": "none"}, False, ["security"]),
+        ({"username": "a", "password": "x", "security": "none", "host": "127.0.0.9"}, False, []),
+        ({"username": "a", "password": "x", "security": "none", "host": ["localhost", "::1"]}, False, []),
+        ({"username": "a", "password": "x", "security": "none", "host": ["localhost", "a.example"]}, False, ["security"]),
+        ({"username": "a", "password": "x", "security": "none", "auth": "none"}, False, []),
+        ({"security": "none"}, False, []),
+        ({"verify": False}, False, ["verify"]),
+        ({"verify": False, "security": "none"}, False, []),
+        ({"verify": False, "host": "127.0.0.1"}, False, []),
+    ],
+)
+def test_what_strangers_can_read_is_a_warning(keys: dict[str, Any], exposed: bool, where: list[str]) -> None:
+    found = list(lint.unguarded(config([{"upstream": "acme"}], acme=keys), exposed=exposed))
+    assert [problem.path for problem in found] == [("upstreams", "acme", key) for key in where]
+    assert all(problem.severity == "warning" for problem in found)

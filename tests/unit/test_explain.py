@@ -1,0 +1,133 @@
+"""`relay explain`: the route and the reasons, for a person and for a script, and never a password."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from relay.cli import explain
+from relay.mail.outcome import rows_by_phase
+
+CONFIG = """
+hostname: relay.example.net
+listeners: [{bind: "127.0.0.1:2525"}, {bind: "127.0.0.1:2526", name: inside}]
+aliases: {root: [ops@acme.example, log@acme.example]}
+upstreams:
+  acme: {host: smtp.acme.example, username: relay@acme.example, password: not-to-be-seen, senders: [acme.example]}
+  house: {host: smtp.house.example, security: tls, username: apikey, password: not-to-be-seen, null_sender: null@house.example}
+routes:
+  - {name: globex, sender: globex.example, upstream: house}
+  - {name: inside, sender: acme.example, listener: inside, upstream: house}
+  - name: acme
+    sender: acme.example
+    upstream: acme
+    rewrite: {subject_prefix: "[acme] ", bcc: archive@acme.example}
+    fallback: {upstream: house, rewrite: {envelope_sender: bounces@house.example}}
+  - {name: spam, sender: spam.example, reject: not ours to send}
+"""
+
+
+def ask(tmp_path: Path, *words: str, config: str = CONFIG) -> int:
+    """Run the command as the entry point does."""
+    path = tmp_path / "config.yaml"
+    path.write_text(config)
+    path.chmod(0o600)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config")
+    explain.add_parser(parser.add_subparsers())
+    options = parser.parse_args(["--config", str(path), "explain", *words])
+    code: int = options.run(options)
+    return code
+
+
+def test_a_person_reads_the_route_the_upstreams_and_the_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask(tmp_path, "--from", "app@acme.example", "--to", "bob@example.org") == 0
+    text = capsys.readouterr().out
+    for part in (
+        "route acme: sender acme.example",
+        "upstream acme (smtp.acme.example:587, starttls)",
+        "fallback house (smtp.house.example:465, tls)",
+        "relay@acme.example",
+        "bounces@house.example",
+        "archive@acme.example",
+        "-Subject: An example",
+        "+Subject: [acme] An example",
+        "globex: sender app@acme.example is not globex.example",
+        "inside: listener 127.0.0.1:2525 is not inside",
+    ):
+        assert part in text
+    assert "not-to-be-seen" not in text
+
+
+def test_a_script_gets_json_for_every_recipient_of_an_alias(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask(tmp_path, "--json", "--from", "<app@acme.example>", "--to", "root") == 0
+    text = capsys.readouterr().out
+    answers = json.loads(text)
+    assert [answer["recipient"] for answer in answers] == ["ops@acme.example", "log@acme.example"]
+    assert answers[0]["route"] == "acme"
+    assert [upstream["name"] for upstream in answers[0]["upstreams"]] == ["acme", "house"]
+    assert [upstream["sender"] for upstream in answers[0]["upstreams"]] == ["app@acme.example", "bounces@house.example"]
+    assert [considered["matched"] for considered in answers[0]["considered"]] == [False, False, True]
+    assert "not-to-be-seen" not in text
+
+
+@pytest.mark.parametrize(("sender", "words"), [("a@nobody.example", "no route takes it"), ("a@spam.example", "550 5.7.1 not ours to send")])
+def test_the_exit_code_says_that_nothing_would_be_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], sender: str, words: str
+) -> None:
+    assert ask(tmp_path, "--from", sender, "--to", "bob@example.org") == 1
+    assert words in capsys.readouterr().out
+
+
+def test_a_message_brings_its_own_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = tmp_path / "message.eml"
+    message.write_bytes(b"From: Boss <boss@globex.example>\nBcc: hidden@example.org\nSubject: hi\n\nbody\n")
+    assert ask(tmp_path, "--from", "app@acme.example", "--to", "bob@example.org", "--message", str(message)) == 0
+    text = capsys.readouterr().out
+    assert "-Bcc: hidden@example.org" in text and "+Subject: [acme] hi" in text
+    assert "NOT PERMITTED    the From address boss@globex.example" in text
+
+
+def test_a_null_sender_goes_by_its_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = tmp_path / "message.eml"
+    message.write_bytes(b"From: boss@globex.example\r\n\r\n")
+    assert ask(tmp_path, "--json", "--from", "<>", "--to", "b@c.d", "--message", str(message)) == 0
+    (answer,) = json.loads(capsys.readouterr().out)
+    assert (answer["route"], answer["sender"], answer["upstreams"][0]["sender"]) == ("globex", "", "null@house.example")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "error"),
+    [
+        (["--from", "a@b.c"], 64, "--from and --to are needed"),
+        (["--from", "a b@c.d", "--to", "x@y.z"], 64, "not an address"),
+        (["--from", "a@b.c", "--to", "<>"], 64, "never null"),
+        (["--from", "a@b.c", "--to", "x@y.z", "--message", "/nowhere/at/all"], 64, "cannot read /nowhere/at/all"),
+    ],
+)
+def test_a_wrong_question_is_a_usage_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, error: str
+) -> None:
+    assert ask(tmp_path, *words) == code
+    assert error in capsys.readouterr().err
+
+
+def test_a_broken_file_gives_its_findings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask(tmp_path, "--from", "a@b.c", "--to", "x@y.z", config="routes: [{upstream: nowhere}]\n") == 78
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_bare_address_without_a_domain_to_complete_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask(tmp_path, "--from", "root", "--to", "x@y.z", config=CONFIG + "domain: null\n") == 64
+    assert "root has no domain" in capsys.readouterr().err
+
+
+def test_the_table_of_fates_has_a_line_for_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask(tmp_path, "--outcomes") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["phase", "event", "status", "scope", "then", "why"]
+    assert len(lines) == 1 + len(list(rows_by_phase()))
+    assert any(line.split()[:5] == ["final", "2xx", "sent", "message", "-"] for line in lines)
+    assert ask(tmp_path, "--outcomes", "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["phase"] == "resolve"

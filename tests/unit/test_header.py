@@ -1,0 +1,234 @@
+"""The header block: cut without loss, read strictly where it matters."""
+
+import time
+
+import pytest
+
+from relay.mail.envelope import NO_SUMMARY, Summary
+from relay.mail.header import (
+    Field,
+    decode,
+    fields,
+    from_address,
+    is_field_name,
+    join,
+    mailbox,
+    scan,
+    separator,
+    split,
+    summary_of,
+    traces_of,
+    unfold,
+    value_of,
+)
+
+HEADER = (
+    b"Received: from app by other.example.net\r\n"
+    b"received : from app\r\n\tby RELAY.example.net (relay) with ESMTP id 1\r\n"
+    b"FROM: Acme App <app@acme.example>\r\n"
+    b"To: bob@example.org,\r\n carol@example.org\r\n"
+    b"Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe?=\r\n"
+    b"X-From: nobody@example.com\r\n"
+    b"Date: today\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "block", "rest", "between"),
+    [
+        (b"A: 1\r\n\r\nbody\r\n", b"A: 1\r\n", b"\r\nbody\r\n", b""),
+        (b"A: 1\r\n\r\n", b"A: 1\r\n", b"\r\n", b""),
+        (b"A: 1\r\nB: 2\r\n", b"A: 1\r\nB: 2\r\n", b"", b""),
+        (b"A: 1", b"A: 1", b"", b""),
+        (b"", b"", b"", b""),
+        (b"\r\nbody\r\n", b"", b"\r\nbody\r\n", b""),
+        (b"hello world\r\n\r\nmore\r\n", b"", b"hello world\r\n\r\nmore\r\n", b"\r\n"),
+        (b" folded: start\r\n\r\n", b"", b" folded: start\r\n\r\n", b"\r\n"),
+        (b"From app Tue Nov 22\r\nA: 1\r\n\r\nx", b"From app Tue Nov 22\r\nA: 1\r\n", b"\r\nx", b""),
+        (b"A: 1\r\njunk\r\nB: 2\r\n\r\nx\r\n\r\ny", b"A: 1\r\njunk\r\nB: 2\r\n", b"\r\nx\r\n\r\ny", b""),
+    ],
+)
+def test_content_is_cut_at_the_empty_line(content: bytes, block: bytes, rest: bytes, between: bytes) -> None:
+    assert split(content) == (block, rest)
+    assert separator(rest) == between
+
+
+def test_fields_keep_their_folds_and_junk_keeps_its_place() -> None:
+    block = b" lost\r\nA: 1\r\n\t2\r\njunk line\r\nb :3\r\nC:"
+    assert fields(block) == [
+        Field(b"", b" lost\r\n"),
+        Field(b"A", b"A: 1\r\n\t2\r\n"),
+        Field(b"", b"junk line\r\n"),
+        Field(b"b", b"b :3\r\n"),
+        Field(b"C", b"C:"),
+    ]
+    assert join(fields(block)) == block
+
+
+def test_a_scan_tells_what_intake_has_to_know() -> None:
+    found = scan(HEADER)
+    assert found.received == 2
+    assert (found.has_message_id, found.has_date) == (False, True)
+    assert found.from_values == [b" Acme App <app@acme.example>"]
+    assert found.sender_values == []
+    assert value_of(b"To:" + found.to) == b"bob@example.org, carol@example.org"
+    assert found.cc == b""
+
+
+def test_a_scan_finds_every_from_and_sender() -> None:
+    found = scan(b"From: a@b.c\r\nfrom:d@e.f\r\nSender: g@h.i\r\nMessage-Id: <1>\r\nCC: x@y.z\r\n")
+    assert found.from_values == [b" a@b.c", b"d@e.f"]
+    assert found.sender_values == [b" g@h.i"]
+    assert found.has_message_id
+    assert found.cc.strip() == b"x@y.z"
+
+
+def test_our_own_received_fields_are_counted_by_whole_names() -> None:
+    found = scan(HEADER)
+    assert traces_of(found, "relay.example.net") == 1
+    assert traces_of(found, "example.net") == 0
+    assert traces_of(found, "relay.example") == 0
+
+
+def test_a_summary_is_decoded_short_and_printable() -> None:
+    found = scan(HEADER + b"Cc: " + b"x" * 500 + b"\r\n")
+    assert summary_of(found) == Summary("bob@example.org, carol@example.org", "x" * 200, "Grüße")
+    assert summary_of(scan(b"X: y\r\n")) is NO_SUMMARY
+    assert summary_of(scan(b"Subject: a\x1b[31mb\x00\r\n")).subject == "a [31mb"
+    assert summary_of(scan(b"Subject: \xff\xfe\r\n")).subject == "ÿþ"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (b"a@b.c", "a@b.c"),
+        (b" Acme App <App@ACME.Example> ", "app@acme.example"),
+        (b'"Acme, Inc. <x@y.z>" <a@b.c>', "a@b.c"),
+        (b'"A \\" B" <a@b.c>', "a@b.c"),
+        (b"Dr. Who <a@b.c>", "a@b.c"),
+        (b"<a@b.c>", "a@b.c"),
+        (b"=?utf-8?q?J=C3=BC?= <a@b.c>", "a@b.c"),
+        (b"J\xfcrgen <a@b.c>", "a@b.c"),
+        (b"a@b.c (Acme (the App))", "a@b.c"),
+        (b"(App) Acme <a@b.c> (x)", "a@b.c"),
+        (b"Acme\r\n App\r\n <a@b.c>", "a@b.c"),
+        (b'"a b"@c.d', '"a b"@c.d'),
+        (b"X <a@[127.0.0.1]>", "a@[127.0.0.1]"),
+        ("Ü <Ü@bücher.example>".encode(), "ü@xn--bcher-kva.example"),
+    ],
+)
+def test_one_from_with_one_mailbox_gives_its_address(value: bytes, expected: str) -> None:
+    assert from_address([value]) == expected
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [],
+        [b"a@b.c", b"a@b.c"],
+        *(
+            [value]
+            for value in (
+                b"",
+                b"<>",
+                b"a@b.c, d@e.f",
+                b"a@b.c,",
+                b"Group: a@b.c;",
+                b"<@x.y:a@b.c>",
+                b"a @ b.c",
+                b"<a @b.c>",
+                b"<a@ b.c>",
+                b"a(x)@b.c",
+                b"evil@x.y <a@b.c>",
+                b"<a@b.c> <d@e.f>",
+                b"<a@b.c> d@e.f",
+                b"<a@b.c",
+                b"a@b.c>",
+                b'"x" a@b.c',
+                b'"x <a@b.c>',
+                b"(x a@b.c",
+                b"(x\\) a@b.c",
+                b"X: <a@b.c>",
+                b"A\r<d@e.f> <a@b.c>",
+                b'"A\rB" <a@b.c>',
+                b"A\x00 <a@b.c>",
+                b"<=?utf-8?q?d=40e=2Ef?=@b.c>",
+                b"=?utf-8?q?a?=@b.c",
+                b"<a@b..c>",
+                b"<\xfc@b.c>",
+                b"root (Cron Daemon)",
+                b"<root>",
+                b" " * 5000 + b"a@b.c (x)",
+                b"a@b.c\n\nd@e.f",
+            )
+        ),
+    ],
+)
+def test_a_from_with_two_readings_gives_nobody(values: list[bytes]) -> None:
+    assert from_address(values) == ""
+
+
+def test_a_mailbox_keeps_the_name_as_it_is_written() -> None:
+    assert mailbox(b' "A, B"  <a@B.c>') == (b'"A, B"', "a@B.c")
+    assert mailbox(b"root (Cron Daemon)") == (b"Cron Daemon", "root")
+    assert mailbox(b"a@b.c") == (b"", "a@b.c")
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (b"Subject: plain\r\n", "plain"),
+        (b"Subject:\r\n a\r\n\tb\r\n", "a\tb"),
+        (b"Subject: =?UTF-8?B?R3LDvMOfZQ==?= x", "Grüße x"),
+        (b"Subject: a =?iso-8859-1?q?=FC?= =?iso-8859-1?Q?_=FC?= b", "a ü ü b"),
+        (b"Subject: =?utf-8?b?w7w=?=\r\n =?utf-8?b?w7w=?=", "üü"),
+        (b"Subject: =?utf-8?q?=C3?= =?utf-8?q?=BC?=", "ü"),
+        (b"Subject: =?iso-8859-1*de?q?=FC?=", "ü"),
+        (b"Subject: =?nonsense?q?a?=", "=?nonsense?q?a?="),
+        (b"Subject: =?zlib?b?eJw=?=", "=?zlib?b?eJw=?="),
+        (b"Subject: =?utf-8?x?a?=", "=?utf-8?x?a?="),
+        ("Subject: Grüße".encode(), "Grüße"),
+        (b"Subject: \xfc", "ü"),
+        (b"Subject:", ""),
+        (b"junk", ""),
+    ],
+)
+def test_a_value_is_decoded_for_display(raw: bytes, expected: str) -> None:
+    assert unfold(raw) == expected
+
+
+def test_hostile_headers_cost_linear_time() -> None:
+    size = 1_000_000
+    blank, word = b" " * size, b"a" * size
+    start = time.perf_counter()
+    for block in (
+        blank,
+        word,
+        b"From:" + blank,
+        b"From: " + b"\t \n" * size,
+        b"\r" * size,
+        b"A:\r\n" + b" \r\n" * 100_000,
+        b"=?" * size,
+    ):
+        split(block)
+        found = scan(block)
+        summary_of(found)
+        from_address(found.from_values)
+        assert join(fields(block)) == block
+    for value in (
+        blank + b"<",
+        b"a " * size,
+        b'"' * size,
+        b"(" * size,
+        b"<" * size,
+        b"=?utf-8?q?a?= " * 50_000,
+        b"=?a?q?" * 100_000,
+    ):
+        from_address([value])
+        decode(value)
+    assert time.perf_counter() - start < 20
+
+
+def test_a_field_name_is_printable_ascii_without_a_colon() -> None:
+    assert is_field_name("X-Tenant")
+    assert not any(is_field_name(name) for name in ("", "X Y", "X:", "Ü", "X\r\n", "x" * 77))
