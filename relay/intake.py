@@ -124,7 +124,19 @@ class Intake:
         return None
 
     async def accept(self, transaction: Transaction, content: Content, head: bytes) -> Reply:
-        """Take custody. `head` is the content's beginning, at least all of its header block unless that is too large."""
+        """Take custody. `head` is the content's beginning, at least all of its header block unless that is too large.
+
+        Content in a file is gone when the reply is not positive.
+        """
+        reply = _FAULT
+        try:
+            reply = await self._decide(transaction, content, head)
+        finally:
+            if content.path is not None and not reply.positive:
+                content.path.unlink(missing_ok=True)
+        return reply
+
+    async def _decide(self, transaction: Transaction, content: Content, head: bytes) -> Reply:
         block, _ = header.split(head)
         if len(block) > HEADER_LIMIT_BYTES:
             return _HEADER_TOO_LARGE
@@ -144,15 +156,16 @@ class Intake:
             else:
                 by_route.setdefault(route.name, (route, []))[1].append(recipient)
         if not by_route:
-            return _NO_ROUTE
+            return _refusal(route) or _NO_ROUTE
         drafts = self._drafts(transaction, origin, content, found, list(by_route.values()))
         for draft in drafts:
             if (reply := self._forbidden(draft, found, block)) is not None:
                 return reply
-        if refused:  # only a null sender's recipients are still refused here, and a null sender cannot be told
+        reply = await self._take(drafts)
+        if refused and reply.positive:  # only a null sender's recipients are still refused here, and a null sender cannot be told
             names = ",".join(r.address for r in refused)
             self._journal.unbounced(id=drafts[0].id, sender="<>", recipients=names, reason="no route for this sender")
-        return await self._take(drafts)
+        return reply
 
     def _loops(self, found: header.Scan) -> bool:
         return found.received >= _HOPS_LIMIT or header.traces_of(found, self._config.hostname) >= _OWN_HOPS_LIMIT
@@ -163,13 +176,15 @@ class Intake:
         now = self._clock.now()
         summary = header.summary_of(found)
         drafts: list[Draft] = []
+        placed = {recipient.address for _, recipients in groups for recipient in recipients}
         prefix = b""
         for route, recipients in groups:
             assert route.upstream is not None, "a route that delivers has an upstream"
             message_id = self._spool.new_id()
             prefix = prefix or self._prefix(transaction, message_id, found, now)
             rules = self._router.rewrite_for(route, route.upstream)
-            if rules is not None and rules.bcc and all(r.address != rules.bcc for r in recipients):
+            if rules is not None and rules.bcc and rules.bcc not in placed:
+                placed.add(rules.bcc)
                 recipients = [*recipients, Recipient(rules.bcc, notify="NEVER")]
             envelope = Envelope(transaction.sender, tuple(recipients), transaction.smtputf8)
             drafts.append(Draft(message_id, Lane(route.upstream, route.name), envelope, content, now, prefix, origin, summary, due=now))
@@ -227,12 +242,15 @@ class Intake:
                 for draft, reserved in zip(drafts, claimed, strict=True):
                     if reserved:
                         dispatch.release(draft.lane)
-        for draft, claim in zip(drafts, claims, strict=True):
-            self._note(draft)
-            if claim is not None:
-                dispatch.start(claim)
-            else:
-                dispatch.wake(draft.lane, draft.due)
+        try:
+            for draft, claim in zip(drafts, claims, strict=True):
+                self._note(draft)
+                if claim is not None:
+                    dispatch.start(claim)
+                else:
+                    dispatch.wake(draft.lane, draft.due)
+        except Exception as error:  # it is in custody: law 1 allows no other reply any more
+            self._journal.fault("handing over to delivery", error, id=drafts[0].id)
         return Reply(250, "2.0.0", f"Ok: queued as {drafts[0].id}")
 
     def _note(self, draft: Draft) -> None:

@@ -18,7 +18,7 @@ from relay.mail.content import has_dot_line
 from relay.mail.envelope import Facts
 from relay.mail.outcome import Failure, Outcome, Phase, Scope, Status, outcome_of_failure
 from relay.mail.permission import objection
-from relay.mail.rewrite import envelope_sender, rewrite_header
+from relay.mail.rewrite import Rewrite, envelope_sender, rewrite_header
 from relay.observe.journal import Journal
 from relay.routing import Router, upstreams_of
 from relay.spool.base import Claim, Content, Lane, Next
@@ -55,31 +55,32 @@ class Attempts:
 
     async def send(self, claim: Claim, *, fresh: bool) -> Result:
         """Try the message. `fresh`: it was routed a moment ago and has not been in the spool's queue. Never raises."""
+        outcomes: dict[str, Outcome] = {}
         try:
             route = self._router.route(claim.lane.route)
             if not fresh:
                 route, moved = self._target(claim)
                 if moved is not None:
-                    return Result(_untried(claim), moved)
+                    return Result(untried(claim), moved)
             assert route is not None, "a lane's route exists, or the message was moved"
-            return await self._try(claim, route)
+            return await self._try(claim, route, outcomes)
         except Exception as error:
             self._journal.fault("an attempt", error, id=claim.id, session=claim.origin.session)
             # Whether the upstream has it is not known, so nobody else may get it.
             outcome = outcome_of_failure(Phase.FINAL, Failure.CLOSED, "local error while delivering, see the log")
-            return Result({r.address: outcome for r in claim.envelope.recipients})
+            return Result({r.address: outcomes.get(r.address, outcome) for r in claim.envelope.recipients})
 
     def _target(self, claim: Claim) -> tuple[Route | None, Next | None]:
         """The route that takes the message now, and where it must go first, if not to the lane it is in."""
         lane, now = claim.lane, self._clock.now()
         known = self._router.route(lane.route)
-        rules = self._router.rewrite_for(known, lane.upstream) if known is not None else None
-        bcc = rules.bcc if rules is not None else None
-        asked = [r for r in claim.envelope.recipients if r.address != bcc] or list(claim.envelope.recipients)
-        routes = {r.address: self._router.match(Facts(claim.envelope.sender, r.address, claim.origin)).route for r in asked}
-        names = {route.name if route is not None else "" for route in routes.values()}
-        route = next(iter(routes.values()))
-        if len(names) > 1:
+        recipients = [r.address for r in claim.envelope.recipients]
+        if known is not None and known.upstream is not None and (rules := self._router.rewrite_for(known, known.upstream)) is not None:
+            # The hidden copy was never routed: it goes where the others go, and where it went with them once they are done.
+            recipients = [address for address in recipients if address != rules.bcc]
+        routes = [self._router.match(Facts(claim.envelope.sender, address, claim.origin)).route for address in recipients] or [known]
+        route = routes[0]
+        if len({each.name if each is not None else "" for each in routes}) > 1:
             return None, Next(now, lane, counted=False, held="its recipients now take different routes")
         if route is None:
             return None, Next(now, lane, counted=False, held="no route takes its sender any more")
@@ -87,22 +88,24 @@ class Attempts:
             return None, Next(now, lane, counted=False, held=f"route {route.name} now rejects it: {route.reject}")
         if lane.upstream in upstreams_of(route) and lane.route == route.name:
             return route, None
-        return route, Next(now, Lane(route.upstream, route.name), counted=False)
+        upstream = lane.upstream if lane.upstream in upstreams_of(route) else route.upstream
+        return route, Next(now, Lane(upstream, route.name), counted=False)
 
-    async def _try(self, claim: Claim, route: Route) -> Result:
+    async def _try(self, claim: Claim, route: Route, outcomes: dict[str, Outcome]) -> Result:
+        """Send to everybody. `outcomes` grows as the transactions end, so that an error in a later one forgets nobody."""
         upstream = self._config.upstreams[claim.lane.upstream]
-        rules = self._router.rewrite_for(route, claim.lane.upstream)
+        rules = self._rules(claim, route)
         try:
             head, rest = await self._read(claim.content)
         except OSError as error:
             held = f"its content cannot be read: {error.strerror}"
-            return Result(_untried(claim), Next(self._clock.now(), claim.lane, counted=False, held=held))
+            return Result(untried(claim), Next(self._clock.now(), claim.lane, counted=False, held=held))
         original, body = header.split(head)
         block = rewrite_header(claim.prefix + original, rules)
         sender = envelope_sender(claim.envelope.sender, rules)
         if upstream.senders and (reason := objection(upstream.senders, sender, header.scan(block))) is not None:
             held = f"upstream {claim.lane.upstream} may not send it: {reason}"
-            return Result(_untried(claim), Next(self._clock.now(), claim.lane, counted=False, held=held))
+            return Result(untried(claim), Next(self._clock.now(), claim.lane, counted=False, held=held))
         octets = b"".join((block, header.separator(body), body))
         addresses = [r.address for r in claim.envelope.recipients]
         message = Outgoing(
@@ -115,12 +118,20 @@ class Attempts:
             dotted=claim.content.dotted or has_dot_line(block),
             smtputf8=not (sender.isascii() and all(map(str.isascii, addresses))),
         )
-        outcomes = await self._send_all(claim.lane.upstream, message, limit=upstream.limits.recipients)
+        await self._send_all(claim.lane.upstream, message, outcomes, limit=upstream.limits.recipients)
         return Result(outcomes, header_block=original)
 
-    async def _send_all(self, upstream: str, message: Outgoing, *, limit: int) -> dict[str, Outcome]:
+    def _rules(self, claim: Claim, route: Route) -> Rewrite | None:
+        """What changes on the way out. A report of ours, which alone has no prefix, gets a fallback's From and nothing else."""
+        if claim.prefix or claim.envelope.sender:
+            return self._router.rewrite_for(route, claim.lane.upstream)
+        over = next((item.rewrite for item in route.fallback if item.upstream == claim.lane.upstream), None)
+        if over is None or over.from_ is None:
+            return None
+        return Rewrite(from_name=over.from_.name, from_address=over.from_.address)
+
+    async def _send_all(self, upstream: str, message: Outgoing, outcomes: dict[str, Outcome], *, limit: int) -> None:
         """Send in as many transactions as the recipients need: `limit` each, and again those that were too many for the upstream."""
-        outcomes: dict[str, Outcome] = {}
         waiting = list(message.recipients)
         while waiting:
             now, waiting = waiting[:limit], waiting[limit:]
@@ -130,10 +141,9 @@ class Attempts:
                 again = [a for a, r in zip(now, results, strict=True) if r.phase is Phase.RCPT and r.reply.code in _TOO_MANY]
                 limit = len(now) - len(again) if again else limit
                 waiting = again + waiting
-            elif any(result.scope in (Scope.UPSTREAM, Scope.CREDENTIAL) for result in results):
-                outcomes |= dict.fromkeys(waiting, results[-1])
+            elif fault := next((result for result in results if result.scope in (Scope.UPSTREAM, Scope.CREDENTIAL)), None):
+                outcomes |= dict.fromkeys(waiting, fault._replace(in_doubt=False))
                 break
-        return outcomes
 
     async def _read(self, content: Content) -> tuple[bytes, Callable[[], AsyncIterator[bytes]] | None]:
         """The content, or its head and how to get the rest. Raises OSError."""
@@ -155,7 +165,7 @@ class Attempts:
         return head, rest if len(head) < content.size else None
 
 
-def _untried(claim: Claim) -> dict[str, Outcome]:
+def untried(claim: Claim) -> dict[str, Outcome]:
     """Outcomes for a message that goes elsewhere without having been tried."""
     outcome = outcome_of_failure(Phase.RESOLVE, Failure.UNREACHABLE, "not tried")
     return dict.fromkeys((r.address for r in claim.envelope.recipients), outcome)

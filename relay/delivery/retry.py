@@ -18,7 +18,10 @@ _EXPIRED = "4.4.7"
 
 
 class Plan(NamedTuple):
-    """The end of one attempt. `failed`: who shall be told of in a bounce. `fallback`: the upstream the message moves to, or `""`."""
+    """The end of one attempt. `fallback`: the upstream the message moves to, or `""`.
+
+    `failed`: who shall be told of in a bounce, each with the outcome of the attempt itself; deferred means that time is up.
+    """
 
     outcomes: Mapping[str, Outcome]
     next: Next | None
@@ -37,18 +40,15 @@ def plan(
 ) -> Plan:  # fmt: skip
     """Decide. `upstreams` are the route's, in the order they are tried; `jitter` multiplies the delay, about 0.9 to 1.1."""
     recipients = claim.envelope.recipients
-    waiting = [r for r in recipients if _waits(outcomes[r.address])]
+    left = _after(claim.lane.upstream, upstreams)
+    waiting = [r for r in recipients if _waits(r, outcomes[r.address], left)]
     doubt = any(r.in_doubt or outcomes[r.address].in_doubt for r in waiting)
-    movable = not doubt and all(outcomes[r.address].fallback for r in waiting)
-    fallback = _after(claim.lane.upstream, upstreams) if waiting and movable else ""
-    decided = {
-        address: outcome._replace(status=Status.DEFERRED) if fallback and _waits(outcome) else outcome
-        for address, outcome in outcomes.items()
-    }
+    fallback = left if waiting and not doubt and all(outcomes[r.address].fallback for r in waiting) else ""
+    decided = {**outcomes, **{r.address: outcomes[r.address]._replace(status=Status.DEFERRED) for r in waiting}}
     if not fallback and now >= claim.created + retry.expire:
         decided = {address: _expired(outcome) for address, outcome in decided.items()}
     deferred = [decided[r.address] for r in recipients if decided[r.address].status is Status.DEFERRED]
-    failed = [(r, decided[r.address]) for r in recipients if decided[r.address].status is Status.FAILED]
+    failed = [(r, outcomes[r.address]) for r in recipients if decided[r.address].status is Status.FAILED]
     if not deferred:
         return Plan(decided, None, failed)
     if fallback:
@@ -61,13 +61,16 @@ def plan(
     return Plan(decided, Next(when, Lane(upstream, claim.lane.route), counted=not throttled), failed, throttled=throttled)
 
 
-def _waits(outcome: Outcome) -> bool:
-    """Whether the recipient is still to be served, here or by a fallback."""
-    return outcome.status is Status.DEFERRED or (outcome.status is Status.FAILED and outcome.fallback)
+def _waits(recipient: Recipient, outcome: Outcome, left: str) -> bool:
+    """Whether the recipient is still to be served, here or by the fallback that is `left`."""
+    return outcome.status is Status.DEFERRED or (
+        outcome.status is Status.FAILED and outcome.fallback and left != "" and not recipient.in_doubt
+    )
 
 
 def _after(upstream: str, upstreams: Sequence[str]) -> str:
-    place = upstreams.index(upstream) + 1
+    """The upstream behind this one, or `""`."""
+    place = upstreams.index(upstream) + 1 if upstream in upstreams else len(upstreams)
     return upstreams[place] if place < len(upstreams) else ""
 
 

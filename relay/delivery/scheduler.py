@@ -10,15 +10,16 @@ uses up its own slots and nothing else.
 import asyncio
 import heapq
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from relay.clock import Clock
 from relay.config.model import Config
-from relay.delivery.attempt import Attempts
+from relay.delivery.attempt import Attempts, Result, untried
 from relay.delivery.settle import Settler
 from relay.observe.journal import Journal
-from relay.spool.base import Claim, Lane, Spool, SpoolError
+from relay.spool.base import Claim, Lane, Next, Spool, SpoolError
 
 #: The spool is asked this often for due mail that nobody told us of, and soon after a lane was found empty.
 _REFRESH_SECONDS = 60.0
@@ -27,18 +28,35 @@ _REFRESH_SOON_SECONDS = 5.0
 #: Claims whose lease ends sooner than this are renewed while their attempt runs.
 _RENEW_BEFORE_SECONDS = 600.0
 
+#: Claims that wait in memory for a slot of their upstream, for each of its slots: read in one commit, not one by one.
+_WINDOW_PER_SLOT = 3
+
+#: While the contents of all claims in memory together exceed this, nothing is claimed ahead of a free slot (law 8).
+_MEMORY_LIMIT_BYTES = 64 * 1024 * 1024
+
 #: Slots for lanes whose upstream is no longer configured: their mail is matched again or held, and touches no network.
 _ORPHAN_SLOTS = 5
 
 
 @dataclass(slots=True)
 class _Slots:
-    """One upstream's share. `ready`: its lanes with due mail, in turn. `until`: it asked us to slow down (monotonic seconds)."""
+    """One upstream's share. `used` slots are attempting, `promised` ones belong to messages that are being put or claimed.
+
+    `window`: claims that wait for a slot. `ready`: lanes with due mail in the spool, in turn. `until`: the upstream asked us to slow
+    down (monotonic seconds).
+    """
 
     limit: int
     used: int = 0
+    promised: int = 0
+    window: deque[tuple[Claim, bool]] = field(default_factory=deque)
     ready: deque[Lane] = field(default_factory=deque)
     until: float = 0.0
+
+    def room(self, *, ahead: bool) -> int:
+        """How many more claims it can take; `ahead`: beyond its slots, into the window."""
+        limit = self.limit * (1 + _WINDOW_PER_SLOT) if ahead else self.limit
+        return limit - self.used - self.promised - len(self.window)
 
 
 class Scheduler:
@@ -56,25 +74,27 @@ class Scheduler:
         self._changed = asyncio.Event()
         self._refresh_at = 0.0  # monotonic seconds
         self._running: dict[asyncio.Task[None], Claim] = {}
+        self._loop = asyncio.get_running_loop()
+        self._octets = 0
         self._stopping = False
 
     # -- for intake -------------------------------------------------------------------------------------------------------
 
     def reserve(self, lane: Lane) -> bool:
         slots = self._slots[lane.upstream]
-        if self._stopping or slots.used >= slots.limit or slots.ready or slots.until > self._clock.monotonic():
+        if self._stopping or slots.ready or slots.until > self._clock.monotonic() or slots.room(ahead=self._roomy) <= 0:
             return False
-        slots.used += 1
+        slots.promised += 1
         return True
 
     def release(self, lane: Lane) -> None:
         slots = self._slots[lane.upstream]
-        slots.used -= 1
+        slots.promised -= 1
         if slots.ready:
             self._changed.set()
 
     def start(self, claim: Claim) -> None:
-        self._run(claim, fresh=True)
+        self._admit(self._slots[claim.lane.upstream], claim, fresh=True)
 
     def wake(self, lane: Lane, when: float) -> None:
         if when < self._due.get(lane, float("inf")):
@@ -101,9 +121,13 @@ class Scheduler:
                 pass
 
     def stop(self) -> int:
-        """Begin no more attempts; answers how many are under way."""
+        """Begin no more attempts, give back what waits for a slot; answers how many attempts are under way."""
         self._stopping = True
-        return len(self._running)
+        under_way = len(self._running)
+        for slots in self._slots.values():
+            while slots.window:
+                self._return(slots.window.popleft()[0])
+        return under_way
 
     async def drained(self) -> None:
         """Wait until no attempt is under way."""
@@ -124,7 +148,8 @@ class Scheduler:
         for lane, when in (await self._spool.next_due()).items():
             self.wake(lane, when)
         limit = self._clock.now() + _RENEW_BEFORE_SECONDS
-        await self._spool.renew([claim for claim in self._running.values() if claim.lease_until < limit])
+        held = [*self._running.values(), *(claim for slots in self._slots.values() for claim, _ in slots.window)]
+        await self._spool.renew([claim for claim in held if claim.lease_until < limit])
 
     def _collect(self) -> None:
         """Move lanes that have become due into their upstream's turn."""
@@ -137,17 +162,19 @@ class Scheduler:
                     slots.ready.append(lane)
 
     async def _claim(self) -> None:
-        """Claim for every upstream that has free slots and ready lanes, each lane its share, all in one commit of the spool."""
+        """Claim for every upstream that has room and ready lanes, each lane its share, all in one commit of the spool."""
         wanted: list[tuple[Lane, int]] = []
         for slots in self._slots.values():
-            free = slots.limit - slots.used
-            if self._stopping or free <= 0 or not slots.ready or slots.until > self._clock.monotonic():
+            room = slots.room(ahead=self._roomy)
+            if not slots.ready or room <= 0 or self._stopping or slots.until > self._clock.monotonic():
                 continue
-            lanes = [slots.ready[i] for i in range(min(free, len(slots.ready)))]
+            if len(slots.window) > slots.limit:
+                continue  # enough to go on with: claim many at once when fewer are left
+            lanes = [slots.ready[i] for i in range(min(room, len(slots.ready)))]
             slots.ready.rotate(-len(lanes))
             for place, lane in enumerate(lanes):
-                share = free // len(lanes) + (1 if place < free % len(lanes) else 0)
-                slots.used += share
+                share = room // len(lanes) + (1 if place < room % len(lanes) else 0)
+                slots.promised += share
                 wanted.append((lane, share))
         results = await asyncio.gather(*(self._claim_lane(lane, share) for lane, share in wanted))
         if any(results):
@@ -156,19 +183,23 @@ class Scheduler:
     async def _claim_lane(self, lane: Lane, share: int) -> bool:
         """Claim and start; answers whether the lane may have more that is due."""
         claims: Sequence[Claim] = ()
+        slots = self._slots[lane.upstream]
         self._due.pop(lane, None)  # from here on a wake is news
         try:
             claims = await self._spool.claim(lane, share)
         finally:
-            slots = self._slots[lane.upstream]
-            slots.used -= share - len(claims)
+            slots.promised -= share - len(claims)
             if len(claims) < share:
                 if lane in slots.ready:
                     slots.ready.remove(lane)
                 self._refresh_at = min(self._refresh_at, self._clock.monotonic() + _REFRESH_SOON_SECONDS)
         for claim in claims:
-            self._run(claim, fresh=False)
+            self._admit(slots, claim, fresh=False)
         return len(claims) == share
+
+    @property
+    def _roomy(self) -> bool:
+        return self._octets < _MEMORY_LIMIT_BYTES
 
     def _slots_of(self, lane: Lane) -> _Slots:
         return self._slots.setdefault(lane.upstream, _Slots(_ORPHAN_SLOTS))
@@ -183,23 +214,59 @@ class Scheduler:
 
     # -- attempts ---------------------------------------------------------------------------------------------------------
 
-    def _run(self, claim: Claim, *, fresh: bool) -> None:
-        task = asyncio.get_running_loop().create_task(self._attempt(claim, fresh=fresh), name=f"attempt {claim.id}")
+    def _admit(self, slots: _Slots, claim: Claim, *, fresh: bool) -> None:
+        """Take a promised claim: into a slot, or into the window until there is one."""
+        slots.promised -= 1
+        self._octets += len(claim.content.octets or b"")
+        if self._stopping:
+            self._return(claim)
+        elif slots.used < slots.limit:
+            self._begin(slots, claim, fresh=fresh)
+        else:
+            slots.window.append((claim, fresh))
+
+    def _begin(self, slots: _Slots, claim: Claim, *, fresh: bool) -> None:
+        slots.used += 1
+        self._own(claim, self._attempt(claim, fresh=fresh))
+
+    def _own(self, claim: Claim, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work, name=f"attempt {claim.id}")
         self._running[task] = claim
         task.add_done_callback(self._ended)
 
     async def _attempt(self, claim: Claim, *, fresh: bool) -> None:
+        slots = self._slots[claim.lane.upstream]
         try:
             result = await self._attempts.send(claim, fresh=fresh)
         finally:
-            self.release(claim.lane)
+            self._leave(slots)
         throttled = any(outcome.throttled for outcome in result.outcomes.values())
         for due in await self._settler.settle(claim, result):
             if throttled and due.lane == claim.lane:
-                self._slots[claim.lane.upstream].until = self._clock.monotonic() + (due.when - self._clock.now())
+                slots.until = self._clock.monotonic() + (due.when - self._clock.now())
             self.wake(due.lane, due.when)
+
+    def _return(self, claim: Claim) -> None:
+        self._own(claim, self._give_back(claim))
+
+    async def _give_back(self, claim: Claim) -> None:
+        """End a claim whose attempt never began: it is not in doubt."""
+        await self._settler.settle(claim, Result(untried(claim), Next(self._clock.now(), claim.lane, counted=False)))
+
+    def _leave(self, slots: _Slots) -> None:
+        """A slot is free: the next claim of the window takes it."""
+        slots.used -= 1
+        if slots.until > self._clock.monotonic():
+            while slots.window:
+                self._return(slots.window.popleft()[0])
+        elif slots.window and not self._stopping:
+            claim, fresh = slots.window.popleft()
+            self._begin(slots, claim, fresh=fresh)
+        if slots.ready and len(slots.window) <= slots.limit:
+            self._changed.set()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         claim = self._running.pop(task)
+        self._octets -= len(claim.content.octets or b"")
         if not task.cancelled() and (error := task.exception()) is not None:
             self._journal.fault("settling an attempt", error, id=claim.id)

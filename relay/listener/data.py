@@ -1,10 +1,9 @@
-"""Read what a client sends: command lines, and content up to the final dot (RFC 5321 section 4.1.1.4).
+"""Content as a client sends it, up to the final dot (RFC 5321 section 4.1.1.4), and the octets that have arrived so far.
 
-Content is found by searching the buffer for CRLF.CRLF, never line by line; it is made canonical chunk by chunk (first the line ends,
-then the dots) and goes to a file once it outgrows memory. Only CRLF.CRLF ends it: a dot line framed otherwise is content.
+The end is found by searching the buffer for CRLF.CRLF, never line by line; content is made canonical chunk by chunk (first the line
+ends, then the dots) and goes to a file once it outgrows memory. Only CRLF.CRLF ends it: a dot line framed otherwise is content.
 
-State: the bytes received and not yet read. Uses the private `_buffer`, `_eof`, `_wait_for_data` and `_maybe_resume_transport` of
-asyncio's StreamReader (as aiosmtpd itself does), because its public methods search and copy line by line.
+State: the octets received and not yet used.
 """
 
 import asyncio
@@ -17,25 +16,29 @@ from relay.spool.base import Content, ContentWriter, SpoolError
 #: What arrives past this goes to a file (law 8). It is also the limit of one line.
 MEMORY_LIMIT_BYTES = 1024 * 1024
 
-#: Content is processed when this much has gathered; the transport pauses at twice as much.
+#: Content is processed when this much has gathered.
 _CHUNK_BYTES = 256 * 1024
 
-# The final dot and the line end before it.
+#: The transport stops reading while this much waits to be used.
+_PAUSE_BYTES = 2 * _CHUNK_BYTES
+
+# The final dot and the line end before it, and the final dot of empty content.
 _END = b"\r\n.\r\n"
+_EMPTY = b".\r\n"
 
 
 class Disconnected(Exception):
-    """The client went away in the middle of a line or of the content."""
+    """The client went away in the middle of the content."""
 
 
-class LineTooLong(Exception):
-    """A command line over the limit; it has been read and thrown away."""
+#: What is kept of content that cannot be taken.
+NOTHING = Content(0, b"")
 
 
 class Received(NamedTuple):
     """Content as it arrived, canonical. `head` is its beginning, at least the first MEMORY_LIMIT_BYTES of it.
 
-    `trouble` says why there is none: `"too large"`, `"line too long"`, or the spool's error.
+    `trouble` says why there is none: `too large`, `line too long`, or the spool's error.
     """
 
     content: Content
@@ -43,61 +46,87 @@ class Received(NamedTuple):
     trouble: str | SpoolError | None = None
 
 
-class Reader(asyncio.StreamReader):
-    """A stream reader that knows command lines and content."""
+class Input:
+    """What a client has sent and we have not used yet."""
 
-    _buffer: bytearray
-    _eof: bool
+    def __init__(self) -> None:
+        self.buffer = bytearray()
+        self.ended = False
+        self._transport: asyncio.ReadTransport | None = None
+        self._paused = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._searched = 0
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(limit=_CHUNK_BYTES, loop=loop)
+    def attach(self, transport: asyncio.ReadTransport) -> None:
+        """From where the octets come: told to pause while too many wait."""
+        self._transport = transport
+
+    def feed(self, octets: bytes) -> None:
+        """Add what has arrived."""
+        self.buffer += octets
+        if len(self.buffer) > _PAUSE_BYTES and not self._paused and self._transport is not None:
+            self._transport.pause_reading()
+            self._paused = True
+        self._wake()
+
+    def end(self) -> None:
+        """Nothing more will come."""
+        self.ended = True
+        self._wake()
+
+    def drop(self, count: int) -> None:
+        """Forget the first `count` octets; they have been used."""
+        del self.buffer[:count]
+        if self._paused and len(self.buffer) <= _PAUSE_BYTES and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
+
+    def small_content(self) -> bytes | None:
+        """Content that has arrived whole, as it came and without its final dot, or None while the end is not there.
+
+        For content of up to one chunk; `overflows` says when it is more, and that `content` must be used.
+        """
+        buffer = self.buffer
+        if buffer.startswith(_EMPTY):
+            self.drop(len(_EMPTY))
+            return b""
+        end = buffer.find(_END, max(0, self._searched - len(_END)))
+        if end < 0:
+            self._searched = len(buffer)
+            return None
+        self._searched = 0
+        octets = bytes(buffer[: end + 2])
+        self.drop(end + len(_END))
+        return octets
 
     @property
-    def idle(self) -> bool:
-        """Whether nothing has arrived that was not read."""
-        return not self._buffer
+    def overflows(self) -> bool:
+        return len(self.buffer) > _CHUNK_BYTES
 
-    async def line(self, *, limit_bytes: int) -> bytes:
-        """The next line without its line end, which may be a bare LF. Raises Disconnected or LineTooLong."""
-        buffer = self._buffer
-        while (end := buffer.find(b"\n")) < 0:
-            if len(buffer) > limit_bytes:
-                await self._skip_line()
-                raise LineTooLong
-            await self._more()
-        line = bytes(buffer[:end])
-        del buffer[: end + 1]
-        self._maybe_resume_transport()  # type: ignore[attr-defined]
-        if end > limit_bytes:
-            raise LineTooLong
-        return line
+    async def content(self, gathering: "Gathering") -> Received:
+        """Gather everything up to the final dot. Raises Disconnected, and then nothing of it is kept.
 
-    async def content(self, *, limit_bytes: int, spill: Callable[[], ContentWriter], progress: Callable[[], None]) -> Received:
-        """Everything up to the final dot. `spill` opens a file; `progress` is called whenever something has arrived.
-
-        What is over the limit or cannot be stored is read to its end and thrown away: `trouble` then says why. Raises Disconnected.
+        What is over the limit or cannot be stored is read to its end and thrown away: `trouble` then says why.
         """
-        gathering = Gathering(limit_bytes, spill)
-        buffer = self._buffer
+        buffer = self.buffer
         framed = True  # the octets before the buffer are a CRLF
         searched = 0
         try:
             while True:
-                if framed and buffer.startswith(b".\r\n"):
-                    del buffer[:3]
+                if framed and buffer.startswith(_EMPTY):
+                    self.drop(len(_EMPTY))
                     break
                 end = buffer.find(_END, max(0, searched - len(_END)))
                 if end >= 0:
                     await gathering.add(bytes(buffer[: end + 2]))
-                    del buffer[: end + len(_END)]
+                    self.drop(end + len(_END))
                     break
                 searched = len(buffer)
                 if searched > _CHUNK_BYTES:
                     framed = await self._take_lines(gathering, framed=framed)
                     searched = len(buffer)
                 await self._more()
-                progress()
-            self._maybe_resume_transport()  # type: ignore[attr-defined]
+            self._searched = 0
             return await gathering.finish()
         except BaseException:
             gathering.discard()
@@ -105,35 +134,34 @@ class Reader(asyncio.StreamReader):
 
     async def _take_lines(self, gathering: "Gathering", *, framed: bool) -> bool:
         """Move the complete lines of the buffer on. Answers whether they end with a CRLF."""
-        buffer = self._buffer
-        end = buffer.rfind(b"\n") + 1
+        end = self.buffer.rfind(b"\n") + 1
         if not end:
-            if len(buffer) > MEMORY_LIMIT_BYTES:
+            if len(self.buffer) > MEMORY_LIMIT_BYTES:
                 gathering.trouble = "line too long"
-                del buffer[:-4]  # nothing of it is kept, but the final dot must still be found
+                self.drop(len(self.buffer) - 4)  # nothing of it is kept, but the final dot must still be found
                 return False
             return framed
-        chunk = bytes(buffer[:end])
-        del buffer[:end]
-        self._maybe_resume_transport()  # type: ignore[attr-defined]
+        chunk = bytes(self.buffer[:end])
+        self.drop(end)
         await gathering.add(chunk)
         return chunk.endswith(b"\r\n")
 
     async def _more(self) -> None:
-        if self._eof:
+        if self.ended:
             raise Disconnected
-        await self._wait_for_data("relay")  # type: ignore[attr-defined]
+        if self._paused and self._transport is not None:  # one long line: it may grow up to the limit of a line
+            self._paused = False
+            self._transport.resume_reading()
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
 
-    async def _skip_line(self) -> None:
-        while (end := self._buffer.find(b"\n")) < 0:
-            self._buffer.clear()
-            self._maybe_resume_transport()  # type: ignore[attr-defined]
-            await self._more()
-        del self._buffer[: end + 1]
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class Gathering:
-    """Canonical content that grows, in memory first and then in a file."""
+    """Canonical content that grows, in memory first and then in a file that `spill` opens. `limit_bytes`: at most."""
 
     def __init__(self, limit_bytes: int, spill: Callable[[], ContentWriter]) -> None:
         self._limit_bytes = limit_bytes
@@ -147,6 +175,41 @@ class Gathering:
 
     async def add(self, chunk: bytes) -> None:
         """Take whole lines as they came from the client."""
+        if (chunk := self._canonical(chunk)) and self.trouble is None:
+            if self._writer is None and self._size <= MEMORY_LIMIT_BYTES:
+                self._chunks.append(chunk)
+            else:
+                await self._write(chunk)
+
+    def whole(self, octets: bytes) -> Received:
+        """Take content that has arrived whole and fits in memory."""
+        octets = self._canonical(octets)
+        if self.trouble is not None:
+            return Received(NOTHING, b"", self.trouble)
+        return Received(Content(len(octets), octets, eight_bit=not octets.isascii(), dotted=self._dotted), octets)
+
+    async def finish(self) -> Received:
+        """The content, durable where it is in a file, or the trouble."""
+        if self.trouble is None and self._writer is not None:
+            try:
+                content = await self._writer.finish()
+                return Received(content._replace(dotted=self._dotted), self._head)
+            except SpoolError as error:
+                self.trouble = error
+        if self.trouble is not None:
+            self.discard()
+            return Received(NOTHING, b"", self.trouble)
+        octets = b"".join(self._chunks)
+        return Received(Content(len(octets), octets, eight_bit=not octets.isascii(), dotted=self._dotted), octets)
+
+    def discard(self) -> None:
+        """Keep nothing."""
+        self._chunks = []
+        if self._writer is not None:
+            self._writer.discard()
+            self._writer = None
+
+    def _canonical(self, chunk: bytes) -> bytes:
         chunk = normalize(chunk)
         if has_dot_line(chunk):
             self._dotted = True
@@ -156,10 +219,9 @@ class Gathering:
             self.trouble = self.trouble or "too large"
         if self.trouble is not None:
             self.discard()
-            return
-        if self._writer is None and self._size <= MEMORY_LIMIT_BYTES:
-            self._chunks.append(chunk)
-            return
+        return chunk
+
+    async def _write(self, chunk: bytes) -> None:
         try:
             if self._writer is None:
                 self._writer = self._spill()
@@ -170,22 +232,3 @@ class Gathering:
         except SpoolError as error:
             self.trouble = error
             self.discard()
-
-    async def finish(self) -> Received:
-        if self.trouble is None and self._writer is not None:
-            try:
-                content = await self._writer.finish()
-                return Received(content._replace(dotted=self._dotted), self._head)
-            except SpoolError as error:
-                self.trouble = error
-        if self.trouble is not None:
-            self.discard()
-            return Received(Content(0, b""), b"", self.trouble)
-        octets = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        return Received(Content(len(octets), octets, eight_bit=not octets.isascii(), dotted=self._dotted), octets)
-
-    def discard(self) -> None:
-        self._chunks = []
-        if self._writer is not None:
-            self._writer.discard()
-            self._writer = None

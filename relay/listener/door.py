@@ -10,6 +10,7 @@ from relay.config.model import Listener
 from relay.intake import Intake
 from relay.listener.access import Access
 from relay.listener.server import Session
+from relay.mail.reply import Reply
 from relay.observe.journal import Journal
 
 
@@ -22,10 +23,12 @@ class Door:
         self.journal = journal
         self.hostname = hostname.encode("ascii")
         self.new_session_id = new_session_id
+        self.extensions = _extensions(settings, hostname)
         self.access = Access(settings.networks, connections=settings.connections)
         self.stopping = False
         self._sessions: set[Session] = set()
         self._server: asyncio.Server | None = None
+        self._emptied: asyncio.Future[None] | None = None
 
     async def open(self) -> str:
         """Listen, and return the address with the real port. Raises OSError."""
@@ -50,18 +53,26 @@ class Door:
 
     async def drained(self) -> None:
         """Wait until every session has ended."""
-        while tasks := [session.task for session in self._sessions if session.task is not None]:
-            await asyncio.wait(tasks)
+        while self._sessions:
+            self._emptied = asyncio.get_running_loop().create_future()
+            await self._emptied
 
     async def abort(self) -> None:
-        """End what is left. A message that is not acknowledged yet is the client's to send again."""
-        tasks = [session.task for session in self._sessions if session.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """End what is left, finished or not."""
+        for session in list(self._sessions):
+            session.abort()
+        await self.drained()
 
     def opened(self, session: Session) -> None:
         self._sessions.add(session)
 
     def closed(self, session: Session) -> None:
         self._sessions.discard(session)
+        if not self._sessions and self._emptied is not None and not self._emptied.done():
+            self._emptied.set_result(None)
+
+
+def _extensions(settings: Listener, hostname: str) -> Reply:
+    """The reply to EHLO, a line for each extension."""
+    lines = (hostname, "PIPELINING", f"SIZE {settings.message_size}", "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES")
+    return Reply(250, "", "\n".join(lines))

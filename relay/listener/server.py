@@ -1,21 +1,22 @@
 """The SMTP server side of one session: verbs and replies (RFC 5321). The only user of aiosmtpd.
 
-A subclass that keeps aiosmtpd's protocol object and replaces its session loop, its parsers and its life cycle: the stock ones reflect
-over themselves for each connection, parse addresses leniently and slowly, buffer content line by line, answer our faults with 5xx and
-cancel the work when a client half-closes. Here the end of the connection is just something that reading meets: it never cancels.
+A subclass of aiosmtpd's protocol that replaces its session loop, its parsers and its life cycle: the stock ones reflect over
+themselves for each connection, wake a task for each command, parse addresses leniently and slowly, buffer content line by line, answer
+our faults with 5xx and cancel the work when a client half-closes. Here commands are answered as they arrive, replies to pipelined
+commands leave together, and a task exists only while a message is taken into custody; the end of the connection never cancels it.
 
-State: one Session per connection, and its transaction.
+State: one Session per connection: what has arrived, the transaction, and whether a message is being taken.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from aiosmtpd import smtp
 
 from relay.intake import Transaction
-from relay.listener.data import Disconnected, LineTooLong, Reader
+from relay.listener.data import Disconnected, Gathering, Input, Received
 from relay.mail.address import AddressError, ParameterError, parse_parameters, parse_path
 from relay.mail.envelope import Origin, Recipient
 from relay.mail.reply import Reply
@@ -30,6 +31,9 @@ IDLE_SECONDS = 300.0
 # RFC 5321 section 4.5.3.1.4 has 512 octets; extensions' parameters and UTF-8 addresses need more. Postfix allows 2048.
 _LINE_LIMIT_BYTES = 4096
 _ERRORS_LIMIT = 10
+
+#: So long a connection that we have closed may take to get the last replies to its client; then it is cut off.
+LINGER_SECONDS = 10.0
 
 _GREETING = b"220 %b ESMTP relay\r\n"
 _OK = Reply(250, "2.0.0", "Ok")
@@ -55,7 +59,7 @@ _LONG_CONTENT_LINE = Reply(554, "5.6.0", "A line of the message is too long")
 _VRFY = Reply(252, "2.5.0", "Cannot verify, but will take mail")
 _HELP = Reply(214, "2.0.0", "EHLO HELO MAIL RCPT DATA RSET NOOP VRFY QUIT")
 
-_Verb = Callable[["Session", str], Awaitable[Reply]]
+_Verb = Callable[["Session", str], Reply]
 
 
 class Session(smtp.SMTP):
@@ -65,163 +69,259 @@ class Session(smtp.SMTP):
 
     def __init__(self, door: "Door", loop: asyncio.AbstractEventLoop) -> None:
         # Not SMTP.__init__: it reflects over the class for each connection, which costs more than a whole message.
-        asyncio.StreamReaderProtocol.__init__(self, Reader(loop), client_connected_cb=self._cb_client_connected, loop=loop)
         self.loop = loop
-        self.transport = None
+        self.transport: asyncio.Transport | None = None
         self._door = door
         self._settings = door.settings
-        self._original_transport = None
-        self._timeout_handle = None
+        self._input = Input()
         self._deadline = 0.0
-        self._task: asyncio.Task[None] | None = None
+        self._timeout_handle = None
         self._origin = Origin()
         self._client_name = ""
         self._extended = False
         self._transaction: Transaction | None = None
         self._errors = 0
-        self._reading = False
         self._admitted = False
+        self._receiving = False  # DATA was answered with 354 and the final dot has not come
+        self._taking: asyncio.Task[None] | None = None  # content is being received into a file, or a message is being taken
+        self._skipping = False  # the rest of a line that was too long
+        self._stalled = False  # the client does not read its replies
+        self._closing = False
 
     # -- the connection's life --------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        asyncio.StreamReaderProtocol.connection_made(self, transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
-        client = peer[0] if isinstance(peer, tuple) else ""
-        self._origin = Origin(self._settings.name, client, "", self._door.new_session_id())
+        if peer is None:  # reset before we came to look at it: nobody is there to talk to
+            self.transport.abort()
+            return
+        self._input.attach(self.transport)
+        self._origin = Origin(self._settings.name, peer[0], "", self._door.new_session_id())
         self._deadline = self.loop.time() + IDLE_SECONDS
         self._timeout_handle = self.loop.call_at(self._deadline, self._expire)
-        self._task = self.loop.create_task(self._run(), name=f"session {self._origin.session}")
         self._door.opened(self)
+        refusal = self._door.access.enter(self._origin.client)
+        if refusal is not None:
+            self._say(self._refuse(refusal))
+            self._hang_up()
+            return
+        self._admitted = True
+        self.transport.write(_GREETING % self._door.hostname)
 
-    def connection_lost(self, error: Exception | None) -> None:
-        if self._timeout_handle is not None:
-            self._timeout_handle.cancel()
-        asyncio.StreamReaderProtocol.connection_lost(self, error)
-        self.transport = None
+    def data_received(self, data: bytes) -> None:
+        self._deadline = self.loop.time() + IDLE_SECONDS
+        self._input.feed(data)
+        if self._taking is None:
+            self._advance()
 
     def eof_received(self) -> bool:
         """A half-closed client still gets its replies; what it had pipelined is still done."""
-        asyncio.StreamReaderProtocol.eof_received(self)
+        self._input.end()
+        if self._taking is None:
+            self._advance()
         return True
 
+    def pause_writing(self) -> None:
+        self._stalled = True
+
+    def resume_writing(self) -> None:
+        self._stalled = False
+        if self._taking is None:
+            self._advance()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.transport = None
+        self._closing = True
+        if self._timeout_handle is not None:
+            self._timeout_handle.cancel()
+        self._input.end()
+        if self._taking is None:
+            self._ended()
+
     def stop(self) -> None:
-        """End as soon as nothing is under way: at once when waiting for a command, else after the one at hand."""
-        if self._reading and self._input.idle and self.transport is not None:
-            self._writer.write(_line(_STOPPING))
-            self.transport.close()
+        """End as soon as nothing is under way: at once when waiting for a command, else after the message at hand."""
+        if self._taking is None and not self._receiving and not self._input.buffer and not self._closing:
+            self._say(_STOPPING)
+            self._hang_up()
 
-    @property
-    def task(self) -> "asyncio.Task[None] | None":
-        return self._task
-
-    @property
-    def _input(self) -> Reader:
-        return cast(Reader, self._reader)
+    def abort(self) -> None:
+        """End now. A message that is not acknowledged yet is the client's to send again."""
+        if self._taking is not None:
+            self._taking.cancel()
+        if self.transport is not None:
+            self.transport.abort()
 
     def _expire(self) -> None:
         """One timer a session: it looks whether there was progress since it was set, and sets itself again."""
         if self.loop.time() < self._deadline:
             self._timeout_handle = self.loop.call_at(self._deadline, self._expire)
         elif self.transport is not None:
-            self._writer.write(_line(_IDLE))
-            self.transport.close()
+            self._say(_IDLE)
+            self._hang_up()
 
-    def _progress(self) -> None:
-        self._deadline = self.loop.time() + IDLE_SECONDS
+    def _hang_up(self) -> None:
+        """Close once the client has got what was said; it may not keep us by reading nothing."""
+        self._closing = True
+        if self.transport is not None:
+            self.transport.close()
+            if self._timeout_handle is not None:
+                self._timeout_handle.cancel()
+            self._timeout_handle = self.loop.call_later(LINGER_SECONDS, self.transport.abort)
+
+    def _ended(self) -> None:
+        if self._admitted:
+            self._admitted = False
+            self._door.access.leave()
+        self._door.closed(self)
 
     # -- the session ------------------------------------------------------------------------------------------------------
 
-    async def _run(self) -> None:
-        refusal = self._door.access.enter(self._origin.client)
-        self._admitted = refusal is None
-        try:
-            if refusal is not None:
-                await self._say(self._refuse(refusal))
-            else:
-                await self._converse()
-        except (Disconnected, ConnectionError):
-            pass  # nothing was promised that is not kept
-        except Exception as error:
-            self._door.journal.fault("a session", error, session=self._origin.session)
-        finally:
-            if self._admitted:
-                self._door.access.leave()
-            if self.transport is not None:
-                self.transport.close()
-            self._door.closed(self)
-
-    async def _converse(self) -> None:
-        self._writer.write(_GREETING % self._door.hostname)
-        while self.transport is not None:
+    def _advance(self) -> None:
+        """Do what can be done with what has arrived: commands, in order, until one needs more octets or time."""
+        replies: list[bytes] = []
+        while not self._closing and self._taking is None and not self._stalled:
+            if self._receiving:
+                if not self._receive():
+                    break
+                continue
             if self._door.stopping:
-                await self._say(_STOPPING)
+                replies.append(_line(_STOPPING))
+                self._write(replies)
+                self._hang_up()
                 return
-            reply = await self._answer()
+            reply = self._next_reply()
+            if reply is None:
+                break
+            replies.append(_line(reply))
             if reply.code >= 500:
                 self._errors += 1
                 if self._errors >= _ERRORS_LIMIT:
-                    await self._say(reply)
                     reply = _TOO_MANY_ERRORS
-            await self._say(reply)
+                    replies.append(_line(reply))
             if reply.code in (221, 421):
+                self._write(replies)
+                self._hang_up()
                 return
+        self._write(replies)
+        if self._input.ended and self._taking is None and not self._stalled:
+            self._hang_up()  # half a command or half a message: nothing was promised about it
 
-    async def _answer(self) -> Reply:
-        """Read one command and do it."""
-        self._reading = True
-        try:
-            line = await self._input.line(limit_bytes=_LINE_LIMIT_BYTES)
-        except LineTooLong:
+    def _write(self, replies: list[bytes]) -> None:
+        if replies and self.transport is not None:
+            self.transport.write(b"".join(replies))
+
+    def _say(self, reply: Reply) -> None:
+        if self.transport is not None:
+            self.transport.write(_line(reply))
+
+    def _next_reply(self) -> Reply | None:
+        """Read one command and do it, or None when none has arrived whole. A line may end with a bare LF."""
+        buffer = self._input.buffer
+        end = buffer.find(b"\n")
+        if end < 0:
+            if len(buffer) > _LINE_LIMIT_BYTES:
+                self._input.drop(len(buffer))
+                self._skipping = True
+            return None
+        line = bytes(buffer[:end])
+        self._input.drop(end + 1)
+        if self._skipping or end > _LINE_LIMIT_BYTES:
+            self._skipping = False
             return _LINE_TOO_LONG
-        finally:
-            self._reading = False
-        self._progress()
         word, _, argument = line.rstrip(b"\r").partition(b" ")
         verb = self.verbs.get(word.upper())
         if verb is None:
             return _UNKNOWN
         try:
-            return await verb(self, argument.decode("utf-8", "surrogateescape"))
-        except (Disconnected, ConnectionError):
-            raise
+            return verb(self, argument.decode("utf-8", "surrogateescape"))
         except Exception as error:  # law 9: temporary to the client, loud in the log
             self._door.journal.fault(f"{word.decode('ascii', 'replace')[:10]} from a client", error, session=self._origin.session)
             return _FAULT
 
-    async def _say(self, reply: Reply) -> None:
-        self._writer.write(_line(reply))
-        await self._writer.drain()
-        self._progress()
+    # -- content ----------------------------------------------------------------------------------------------------------
+
+    def _receive(self) -> bool:
+        """Look for the content's end. True when there is something new to do, False to wait for more octets."""
+        gathering = Gathering(self._settings.message_size, self._door.intake.spill)
+        octets = self._input.small_content()
+        if octets is not None:
+            self._receiving = False
+            self._begin(self._take(gathering.whole(octets)))
+        elif self._input.overflows:
+            self._receiving = False
+            self._begin(self._receive_large(gathering))
+        else:
+            return False
+        return True
+
+    def _begin(self, work: Coroutine[Any, Any, Reply]) -> None:
+        self._taking = self.loop.create_task(self._conclude(work), name=f"session {self._origin.session}")
+
+    async def _conclude(self, work: Coroutine[Any, Any, Reply]) -> None:
+        """Answer DATA when `work` has the reply, and go on with what has arrived meanwhile."""
+        reply = None
+        try:
+            reply = await work
+        except Disconnected:
+            pass  # nothing was promised
+        except Exception as error:  # law 9
+            self._door.journal.fault("DATA from a client", error, session=self._origin.session)
+            reply = _FAULT
+        finally:
+            self._taking = None
+            if self.transport is None:
+                self._ended()
+        if reply is not None:
+            self._say(reply)
+            self._deadline = self.loop.time() + IDLE_SECONDS
+            if reply.code >= 500:
+                self._errors += 1
+        self._advance()
+
+    async def _receive_large(self, gathering: Gathering) -> Reply:
+        return await self._take(await self._input.content(gathering))
+
+    async def _take(self, received: Received) -> Reply:
+        transaction, self._transaction = self._transaction, None
+        assert transaction is not None, "DATA is answered with 354 only inside a transaction"
+        if received.trouble is None:
+            self._deadline = self.loop.time() + 2 * IDLE_SECONDS  # ours to answer now; the client waits ten minutes (RFC 5321)
+            reply = await self._door.intake.accept(transaction, received.content, received.head)
+        elif received.trouble == "too large":
+            reply = _TOO_LARGE
+        elif received.trouble == "line too long":
+            reply = _LONG_CONTENT_LINE
+        else:
+            reply = _NO_SPACE if isinstance(received.trouble, SpoolFull) else _FAULT
+            self._door.journal.note("error", f"receiving content: {received.trouble}")
+        return reply if reply.positive else self._refuse(reply, transaction.sender or "<>", ",".join(transaction.recipients))
 
     def _refuse(self, reply: Reply, sender: str = "", recipients: str = "") -> Reply:
         origin = self._origin
         self._door.journal.refused(
             session=origin.session, listener=origin.listener, client=origin.client, sender=sender, recipients=recipients, reply=str(reply)
-        )  # fmt: skip
+        )
         return reply
 
     # -- verbs ------------------------------------------------------------------------------------------------------------
 
-    async def _ehlo(self, argument: str) -> Reply:
+    def _ehlo(self, argument: str) -> Reply:
         if not argument.strip():
             return _SYNTAX
-        self._begin(argument, extended=True)
-        extensions = ("PIPELINING", f"SIZE {self._settings.message_size}", "8BITMIME", "SMTPUTF8")
-        self._writer.write(b"250-%b\r\n" % self._door.hostname + b"".join(b"250-%b\r\n" % e.encode() for e in extensions))
-        return Reply(250, "", "ENHANCEDSTATUSCODES")
+        self._greet(argument, extended=True)
+        return self._door.extensions
 
-    async def _helo(self, argument: str) -> Reply:
+    def _helo(self, argument: str) -> Reply:
         if not argument.strip():
             return _SYNTAX
-        self._begin(argument, extended=False)
+        self._greet(argument, extended=False)
         return Reply(250, "", self._door.hostname.decode())
 
-    def _begin(self, name: str, *, extended: bool) -> None:
+    def _greet(self, name: str, *, extended: bool) -> None:
         self._client_name, self._extended, self._transaction = name.strip()[:255], extended, None
 
-    async def _mail(self, argument: str) -> Reply:
+    def _mail(self, argument: str) -> Reply:
         if not self._client_name:
             return _NEED_HELLO
         if self._transaction is not None:
@@ -231,10 +331,10 @@ class Session(smtp.SMTP):
             parameters = parse_parameters(text) if text else {}
         except AddressError as error:
             return Reply(501, "5.1.7", f"Bad sender address: {error}")
-        except ParameterError:
+        except (_KeywordMissing, ParameterError):
             return _SYNTAX
         if (reply := self._check_parameters(parameters)) is not None:
-            return reply
+            return self._refuse(reply, sender or "<>") if reply is _TOO_LARGE else reply
         smtputf8 = "SMTPUTF8" in parameters
         if not smtputf8 and not sender.isascii():
             return Reply(550, "5.6.7", "A non-ASCII address needs SMTPUTF8")
@@ -262,7 +362,7 @@ class Session(smtp.SMTP):
                 return _UNKNOWN_PARAMETER
         return None
 
-    async def _rcpt(self, argument: str) -> Reply:
+    def _rcpt(self, argument: str) -> Reply:
         transaction = self._transaction
         if transaction is None:
             return _NEED_MAIL
@@ -272,7 +372,7 @@ class Session(smtp.SMTP):
                 return _UNKNOWN_PARAMETER
         except AddressError as error:
             return Reply(501, "5.1.3", f"Bad recipient address: {error}")
-        except ParameterError:
+        except (_KeywordMissing, ParameterError):
             return _SYNTAX
         if not address:
             return Reply(501, "5.1.3", "Bad recipient address: it is empty")
@@ -281,7 +381,7 @@ class Session(smtp.SMTP):
         reply = self._door.intake.add(transaction, Recipient(address), limit=self._settings.recipients)
         return _RECIPIENT_OK if reply is None else self._refuse(reply, transaction.sender or "<>", address)
 
-    async def _data(self, argument: str) -> Reply:
+    def _data(self, argument: str) -> Reply:
         transaction = self._transaction
         if argument.strip():
             return _SYNTAX
@@ -290,39 +390,24 @@ class Session(smtp.SMTP):
         if not transaction.recipients:
             return _NEED_RCPT
         if (obstacle := self._door.intake.obstacle()) is not None:
-            return obstacle
-        self._writer.write(_line(_GO_AHEAD))
-        await self._writer.drain()
-        received = await self._input.content(
-            limit_bytes=self._settings.message_size, spill=self._door.intake.spill, progress=self._progress
-        )
-        self._transaction = None
-        if received.trouble is None:
-            self._deadline = self.loop.time() + IDLE_SECONDS * 2  # ours to answer now; the client waits ten minutes (RFC 5321)
-            reply = await self._door.intake.accept(transaction, received.content, received.head)
-        elif received.trouble == "too large":
-            reply = _TOO_LARGE
-        elif received.trouble == "line too long":
-            reply = _LONG_CONTENT_LINE
-        else:
-            reply = _NO_SPACE if isinstance(received.trouble, SpoolFull) else _FAULT
-            self._door.journal.note("error", f"receiving content: {received.trouble}")
-        return reply if reply.positive else self._refuse(reply, transaction.sender or "<>", ",".join(transaction.recipients))
+            return self._refuse(obstacle, transaction.sender or "<>", ",".join(transaction.recipients))
+        self._receiving = True
+        return _GO_AHEAD
 
-    async def _rset(self, argument: str) -> Reply:
+    def _rset(self, argument: str) -> Reply:
         self._transaction = None
         return _OK
 
-    async def _noop(self, argument: str) -> Reply:
+    def _noop(self, argument: str) -> Reply:
         return _OK
 
-    async def _vrfy(self, argument: str) -> Reply:
+    def _vrfy(self, argument: str) -> Reply:
         return _VRFY if argument.strip() else _SYNTAX
 
-    async def _help(self, argument: str) -> Reply:
+    def _help(self, argument: str) -> Reply:
         return _HELP
 
-    async def _quit(self, argument: str) -> Reply:
+    def _quit(self, argument: str) -> Reply:
         return _SYNTAX if argument.strip() else _BYE
 
 
@@ -340,14 +425,24 @@ Session.verbs = {
 }
 
 
+class _KeywordMissing(ValueError):
+    """MAIL without FROM:, RCPT without TO:."""
+
+
 def _path_after(keyword: str, argument: str) -> tuple[str, str]:
-    """The address and the parameters of MAIL or RCPT. Raises AddressError."""
+    """The address and the parameters of MAIL or RCPT. Raises _KeywordMissing or AddressError."""
     argument = argument.lstrip(" \t")
     if argument[: len(keyword)].upper() != keyword:
-        raise AddressError(f"{keyword} expected")
+        raise _KeywordMissing
     return parse_path(argument[len(keyword) :])
 
 
 @lru_cache(maxsize=256)
 def _line(reply: Reply) -> bytes:
-    return reply.line() + b"\r\n"
+    """The reply for the wire. A text of several lines makes a reply of several lines (RFC 5321 section 4.2.1)."""
+    first, *more = reply.text.split("\n")
+    if not more:
+        return reply.line() + b"\r\n"
+    *between, last = (first, *more)
+    lines = [f"{reply.code}-{text}\r\n" for text in between]
+    return "".join([*lines, f"{reply.code} {last}\r\n"]).encode("ascii")

@@ -14,7 +14,7 @@ import re
 import threading
 import traceback
 from asyncio import AbstractEventLoop, TimerHandle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Literal
@@ -141,7 +141,7 @@ class Journal:
 
     # -- writing ----------------------------------------------------------------------------------------------------------
 
-    def _event(self, level: Level, event: str, fields: dict[str, object]) -> None:
+    def _event(self, level: Level, event: str, fields: Mapping[str, object]) -> None:
         if _LEVELS[level] < self._threshold:
             return
         time = self._time()

@@ -21,9 +21,13 @@ IDLE_SECONDS = 1.0
 
 @dataclass(slots=True, eq=False)
 class Operation:
-    """One request to the writer thread: `run(argument)` inside a transaction; its result or error goes to `future`."""
+    """One request to the writer thread; its result or error goes to `future`.
 
-    run: Callable[[Any], Any]
+    `run` takes the arguments of all operations of its kind in a batch and gives their results: so a kind can use one statement for
+    many, and each statement less is one hand-over of the interpreter less between the writer and the loop.
+    """
+
+    run: Callable[[list[Any]], list[Any]]
     argument: Any
     future: asyncio.Future[Any]
     result: Any = None
@@ -50,7 +54,7 @@ class GroupCommit:
         self._thread = threading.Thread(target=self._work, name="spool-writer", daemon=True)
         self._thread.start()
 
-    def submit(self, run: Callable[[Any], Any], argument: Any) -> asyncio.Future[Any]:
+    def submit(self, run: Callable[[list[Any]], list[Any]], argument: Any) -> asyncio.Future[Any]:
         """Have the operation committed as soon as the thread is free."""
         operation = Operation(run, argument, self._loop.create_future())
         with self._lock:
@@ -61,7 +65,7 @@ class GroupCommit:
             self._wake.release()
         return operation.future
 
-    def ride(self, run: Callable[[Any], Any], argument: Any) -> asyncio.Future[Any]:
+    def ride(self, run: Callable[[list[Any]], list[Any]], argument: Any) -> asyncio.Future[Any]:
         """Have the operation committed with the next that is submitted, or alone after RIDE_SECONDS."""
         operation = Operation(run, argument, self._loop.create_future())
         with self._lock:

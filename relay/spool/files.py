@@ -10,6 +10,7 @@ import asyncio
 import errno
 import fcntl
 import os
+import threading
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -48,7 +49,7 @@ class ContentFiles:
         self._incoming = directory / "incoming"
         self._content = directory / "content"
         for path in (directory, self._incoming, self._content):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_directory(path, mode=0o700)
         sync_directory(directory)
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="spool-files")
         self._count = 0
@@ -93,18 +94,21 @@ class ContentFiles:
         self._threads.shutdown()
 
     def _store(self, content: Content, number: int) -> Content:
-        source = content.path or self._incoming / f"{os.getpid()}-{number:X}"
+        place, target = content.path or self._incoming / f"{os.getpid()}-{number:X}", self.path(number)
         try:
             if content.octets is not None:
-                with open(source, "xb", buffering=0) as file:
+                with open(place, "xb", buffering=0, opener=_private) as file:
                     _write_all(file.fileno(), content.octets)
                     os.fsync(file.fileno())
-            os.rename(source, self.path(number))
+            if target.exists():
+                raise FileExistsError(errno.EEXIST, "there is content with this number already")
+            os.rename(place, target)
+            place = target
             sync_directory(self._content)
         except OSError:
-            source.unlink(missing_ok=True)
+            place.unlink(missing_ok=True)
             raise
-        return content._replace(path=self.path(number))
+        return content._replace(path=target)
 
 
 class FileWriter:
@@ -117,22 +121,52 @@ class FileWriter:
         self._size = 0
         self._flushed = 0
         self._ascii = True
+        self._lock = threading.Lock()  # over the next two, which say who closes the file
+        self._busy = False
+        self._unwanted = False
 
     async def write(self, octets: bytes) -> None:
         """Append. Raises SpoolFull or SpoolError; the caller then discards the writer."""
         self._size += len(octets)
         self._ascii = self._ascii and octets.isascii()
-        await self._run(lambda: self._append(octets))
+        await self._work(lambda: self._append(octets))
 
     async def finish(self) -> Content:
         """Make the content durable and return it. The file still belongs to nobody: put it or discard it."""
-        await self._run(self._sync)
+        await self._work(self._sync)
         self._close()
         return Content(self._size, None, self._path, eight_bit=not self._ascii)
 
     def discard(self) -> None:
-        self._close()
+        with self._lock:
+            self._unwanted = True
+            if not self._busy:
+                self._close()
         self._path.unlink(missing_ok=True)
+
+    async def _work(self, work: Callable[[], None]) -> None:
+        """Run `work` in a thread. A discard in the meantime (its caller was cancelled) leaves closing to the thread: a descriptor that is
+        closed under a write is soon another file's, and the write goes there."""
+
+        def guarded() -> None:
+            if self._begin():
+                try:
+                    work()
+                finally:
+                    self._end()
+
+        await self._run(guarded)
+
+    def _begin(self) -> bool:
+        with self._lock:
+            self._busy = not self._unwanted
+            return self._busy
+
+    def _end(self) -> None:
+        with self._lock:
+            self._busy = False
+            if self._unwanted:
+                self._close()
 
     def _append(self, octets: bytes) -> None:
         _write_all(self._descriptor, octets)
@@ -156,6 +190,18 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _make_directory(path: Path, *, mode: int) -> None:
+    """Make a directory where there is none, and its name durable: what is put into it later is safe only then."""
+    if not path.is_dir():
+        _make_directory(path.parent, mode=0o777)
+        path.mkdir(mode=mode, exist_ok=True)
+        sync_directory(path.parent)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def storage_error(error: OSError) -> SpoolError:

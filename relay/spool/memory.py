@@ -1,7 +1,7 @@
 """A spool that keeps nothing: the same protocol in plain dictionaries.
 
-For tests of what stands above the spool, and the reference that the contract suite holds the durable spools against. Large content
-still goes to files, in a directory that the caller provides.
+For tests of what stands above the spool, and the reference that the contract suite holds the durable spools against. Content that
+came through a writer still goes to files, in a directory that the caller provides.
 
 State: the queued messages, who has claimed them, and the delivery log.
 """
@@ -14,9 +14,9 @@ from pathlib import Path
 from relay.clock import Clock
 from relay.mail.envelope import Recipient
 from relay.mail.outcome import Status
-from relay.spool.base import Claim, ContentWriter, Draft, Lane, LeaseLost, LogEntry, MessageId, Settlement
+from relay.spool.base import Claim, Content, ContentWriter, Draft, Lane, LeaseLost, LogEntry, MessageId, Settlement, SpoolError
 from relay.spool.files import ContentFiles
-from relay.spool.records import id_of
+from relay.spool.records import id_of, number_of
 
 _LEASE_SECONDS = 15 * 60
 
@@ -52,9 +52,15 @@ class MemorySpool:
         return self._files.writer()
 
     async def put(self, drafts: Sequence[Draft], claimed: Sequence[bool]) -> Sequence[Claim | None]:
+        self._check_new([draft.id for draft in drafts])
+        stored: dict[int, Content] = {}
+        for draft in drafts:
+            if id(draft.content) not in stored:
+                filed = draft.content.octets is None
+                stored[id(draft.content)] = await self._files.store(draft.content, number_of(draft.id)) if filed else draft.content
         claims: list[Claim | None] = []
         for draft, claim in zip(drafts, claimed, strict=True):
-            message = self._messages[draft.id] = _Message(draft, draft.due)
+            message = self._messages[draft.id] = _Message(draft._replace(content=stored[id(draft.content)]), draft.due)
             claims.append(self._begin(message) if claim else None)
         return claims
 
@@ -74,24 +80,25 @@ class MemorySpool:
         message = self._messages.get(claim.id)
         if message is None or message.token != claim.token:
             raise LeaseLost(claim.id)
+        if settlement.bounce is not None:
+            self._check_new([settlement.bounce.id])
+            self._messages[settlement.bounce.id] = _Message(settlement.bounce, settlement.bounce.due)
         waiting = tuple(r for r in claim.envelope.recipients if outcomes[r.address].status is Status.DEFERRED)
         if waiting:
             self._continue(message, settlement, waiting)
         else:
             del self._messages[claim.id]
-        if settlement.bounce is not None:
-            self._messages[settlement.bounce.id] = _Message(settlement.bounce, settlement.bounce.due)
+            self._let_go(message.draft.content)
         self.log += [_log_entry(settlement, recipient, self._clock.now()) for recipient in claim.envelope.recipients]
 
     async def renew(self, claims: Sequence[Claim]) -> Sequence[Claim]:
-        lease_until = self._clock.now() + _LEASE_SECONDS
-        self._expire()
+        now = self._clock.now()
         renewed = []
         for claim in claims:
             message = self._messages.get(claim.id)
-            if message is not None and message.token == claim.token:
-                message.lease_until = lease_until
-                renewed.append(claim._replace(lease_until=lease_until))
+            if message is not None and message.token == claim.token and message.lease_until > now:
+                message.lease_until = now + _LEASE_SECONDS
+                renewed.append(claim._replace(lease_until=message.lease_until))
         return renewed
 
     async def next_due(self) -> Mapping[Lane, float]:
@@ -107,6 +114,10 @@ class MemorySpool:
     async def close(self) -> None:
         self._files.close()
 
+    def _check_new(self, ids: Sequence[MessageId]) -> None:
+        if len(set(ids)) < len(ids) or any(each in self._messages for each in ids):
+            raise SpoolError("a message with this id exists already")
+
     def _waiting(self) -> list[_Message]:
         return [m for m in self._messages.values() if m.token is None and not m.held]
 
@@ -118,7 +129,8 @@ class MemorySpool:
         message.due = now + self._backoff(message.attempts)
         d = message.draft
         return Claim(
-            d.id, message.token, d.lane, d.envelope, d.content, d.created, message.attempts, message.lease_until, d.prefix, d.origin, d.summary
+            d.id, message.token, d.lane, d.envelope, d.content, d.created, message.attempts, message.lease_until, d.prefix, d.origin,
+            d.summary,
         )  # fmt: skip
 
     def _continue(self, message: _Message, settlement: Settlement, waiting: tuple[Recipient, ...]) -> None:
@@ -129,6 +141,11 @@ class MemorySpool:
         message.due, message.held, message.token = then.when, then.held, None
         if not then.counted:
             message.attempts -= 1
+
+    def _let_go(self, content: Content) -> None:
+        """Remove the file of content that no message has any more."""
+        if content.path is not None and all(m.draft.content.path != content.path for m in self._messages.values()):
+            content.path.unlink()
 
     def _expire(self) -> None:
         for message in self._messages.values():

@@ -11,7 +11,7 @@ process are taken over at start: whoever they were for is in doubt (law 4).
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import apsw
 
@@ -54,6 +54,29 @@ _LOG_ROWS_A_SWEEP = 2000
 _FREE_PAGES = 4096
 
 
+#: Rows for `message` and for `content`.
+_Rows = tuple[list[tuple[object, ...]], list[tuple[int, bytes]]]
+
+
+class _Lease(NamedTuple):
+    """One claim of ours: until when (seconds since the epoch), and where its content is."""
+
+    token: int
+    until: float
+    content: int
+    filed: bool
+    shared: bool
+
+
+class _Ending(NamedTuple):
+    """What the writer thread needs to settle one claim."""
+
+    number: int
+    lease: _Lease
+    bounce: _Rows
+    log: list[tuple[object, ...]]
+
+
 class SqliteSpool:
     """See `spool.base.Spool`. Made inside a running event loop.
 
@@ -65,6 +88,7 @@ class SqliteSpool:
         self._clock = clock
         self._backoff = backoff
         self._keep_log_seconds = keep_log_seconds
+        self._last_id = 0
         try:
             self._files = ContentFiles(directory)
             self._lock = DirectoryLock(directory)
@@ -77,7 +101,7 @@ class SqliteSpool:
             self._lock.release()
             raise SpoolError(f"the spool in {directory} cannot be opened: {error}") from error
         self._tokens = itertools.count(1)
-        self._claimed: dict[int, tuple[int, float]] = {}  # message -> token and lease end, of this process's claims
+        self._leases: dict[int, _Lease] = {}  # of the claims that this process has given out, by message
         self._retried_first = False
         self._wal_pages = 0
         self._trouble: str | None = None
@@ -108,6 +132,9 @@ class SqliteSpool:
             token = next(self._tokens) if claim else None
             rows.append(self._row(draft, number, token, filed=content.path is not None, shared=shared))
             claims.append(self._claim_of(draft, content, token) if token is not None else None)
+            if token is not None:
+                lease = _Lease(token, self._clock.now() + LEASE_SECONDS, number, content.path is not None, shared)
+                self._leases[number_of(draft.id)] = lease
         blobs = [(number, content.octets) for number, content in contents.values() if content.path is None]
         try:
             await self._commits.submit(self._put, (rows, blobs))
@@ -129,27 +156,32 @@ class SqliteSpool:
 
     def _claim_of(self, draft: Draft, content: Content, token: int) -> Claim:
         lease_until = self._clock.now() + LEASE_SECONDS
-        self._claimed[number_of(draft.id)] = (token, lease_until)
         return Claim(
             draft.id, token, draft.lane, draft.envelope, content, draft.created, 1, lease_until, draft.prefix, draft.origin, draft.summary
-        )  # fmt: skip
+        )
 
-    def _put(self, argument: tuple[list[tuple[object, ...]], list[tuple[int, bytes]]]) -> None:
-        rows, blobs = argument
-        self._database.executemany(sql.PUT_MESSAGE, rows)
-        if blobs:
-            self._database.executemany(sql.PUT_CONTENT, blobs)
+    def _put(self, arguments: list[_Rows]) -> list[None]:
+        self._insert(sql.put_messages, [row for rows, _ in arguments for row in rows])
+        self._insert(sql.put_contents, [blob for _, blobs in arguments for blob in blobs])
+        return [None] * len(arguments)
+
+    def _insert(self, statement: Callable[[int], str], rows: Sequence[tuple[object, ...]]) -> None:
+        """Insert rows, as many as one statement takes at a time."""
+        for start in range(0, len(rows), sql.ROWS_A_STATEMENT):
+            some = rows[start : start + sql.ROWS_A_STATEMENT]
+            self._database.execute(statement(len(some)), [value for row in some for value in row])
 
     # -- delivery -----------------------------------------------------------------------------------------------------
 
     async def claim(self, lane: Lane, limit: int) -> Sequence[Claim]:
-        claims: Sequence[Claim] = await self._commits.submit(self._claim, (lane, limit, self._clock.now()))
-        for claim in claims:
-            self._claimed[number_of(claim.id)] = (claim.token, claim.lease_until)
-        return claims
+        claimed: list[tuple[Claim, _Lease]] = await self._commits.submit(self._claim, (lane, limit, self._clock.now()))
+        self._leases |= {number_of(claim.id): lease for claim, lease in claimed}
+        return [claim for claim, _ in claimed]
 
-    def _claim(self, argument: tuple[Lane, int, float]) -> list[Claim]:
-        lane, limit, now = argument
+    def _claim(self, arguments: list[tuple[Lane, int, float]]) -> list[list[tuple[Claim, _Lease]]]:
+        return [self._claim_some(lane, limit, now) for lane, limit, now in arguments]
+
+    def _claim_some(self, lane: Lane, limit: int, now: float) -> list[tuple[Claim, _Lease]]:
         fresh = self._database.execute(sql.CLAIMABLE, (*lane, 0, now, limit)).fetchall()
         retried = self._database.execute(sql.CLAIMABLE, (*lane, 1, now, limit)).fetchall()
         self._retried_first = not self._retried_first
@@ -158,8 +190,8 @@ class SqliteSpool:
         claims = [self._claim_row(row, lane, now) for row in rows]
         return [claim for claim in claims if claim is not None]
 
-    def _claim_row(self, row: Any, lane: Lane, now: float) -> Claim | None:
-        number, content_number, filed, attempts, doubt, created, sender, recipients, facts_text, prefix, size = row
+    def _claim_row(self, row: Any, lane: Lane, now: float) -> tuple[Claim, _Lease] | None:
+        number, content_number, filed, shared, attempts, doubt, created, sender, recipients, facts_text, prefix, size = row
         lease_until, token = now + LEASE_SECONDS, next(self._tokens)
         self._database.execute(sql.CLAIM, (token, now + self._backoff(attempts + 1), number))
         origin, summary, facts = unpack_facts(facts_text)
@@ -173,78 +205,95 @@ class SqliteSpool:
             octets = found[0]
         path = self._files.path(content_number) if filed else None
         content = Content(size, octets, path, bool(facts.get("8bit")), bool(facts.get("dots")))
-        return Claim(id_of(number), token, lane, envelope, content, created, attempts + 1, lease_until, prefix, origin, summary)
+        claim = Claim(id_of(number), token, lane, envelope, content, created, attempts + 1, lease_until, prefix, origin, summary)
+        return claim, _Lease(token, lease_until, content_number, bool(filed), bool(shared))
 
     async def settle(self, settlement: Settlement) -> None:
-        claim = settlement.claim
-        assert settlement.outcomes.keys() == {r.address for r in claim.envelope.recipients}, "every recipient is accounted for"
-        bounce = settlement.bounce
-        bounce_row = self._row(bounce, number_of(bounce.id), None, filed=False, shared=False) if bounce else None
-        try:
-            files = await self._commits.ride(self._settle, (settlement, bounce_row, self._clock.now()))
-        finally:
-            self._claimed.pop(number_of(claim.id), None)
-        if files:
-            await self._files.run(lambda: self._files.remove(files))
-
-    def _settle(self, argument: tuple[Settlement, tuple[object, ...] | None, float]) -> list[int]:
-        """Returns the numbers of the content files that nobody needs any more."""
-        settlement, bounce_row, now = argument
-        claim, files = settlement.claim, []
+        claim, outcomes, bounce = settlement.claim, settlement.outcomes, settlement.bounce
+        recipients = claim.envelope.recipients
+        assert outcomes.keys() == {r.address for r in recipients}, "every recipient is accounted for"
         number = number_of(claim.id)
-        waiting = [r for r in claim.envelope.recipients if settlement.outcomes[r.address].status is Status.DEFERRED]
-        if waiting:
-            self._continue(settlement, waiting, number)
-        else:
-            ended = self._database.execute(sql.END, (number, claim.token)).fetchone()
-            if ended is None:
-                raise LeaseLost(claim.id)
-            content, filed, shared = ended
-            if not (shared and self._database.execute(sql.SHARING, (content,)).fetchone()):
-                if filed:
-                    files.append(content)
-                else:
-                    self._database.execute(sql.END_CONTENT, (content,))
-        if settlement.bounce is not None and bounce_row is not None:
-            assert settlement.bounce.content.octets is not None, "a bounce is small"
-            self._put(([bounce_row], [(number_of(settlement.bounce.id), settlement.bounce.content.octets)]))
-        self._database.executemany(sql.PUT_LOG, log_rows(settlement, number, now))
+        lease = self._leases.get(number)
+        if lease is None or lease.token != claim.token:
+            raise LeaseLost(claim.id)
+        rows: _Rows = ([], [])
+        if bounce is not None:
+            assert bounce.content.octets is not None, "a bounce is small"
+            mark = number_of(bounce.id)
+            rows = ([self._row(bounce, mark, None, filed=False, shared=False)], [(mark, bounce.content.octets)])
+        waiting = [r for r in recipients if outcomes[r.address].status is Status.DEFERRED]
+        ending = _Ending(number, lease, rows, log_rows(settlement, number, self._clock.now()))
+        try:
+            if waiting:
+                await self._commits.ride(self._continue, (ending, _continuation(settlement, waiting)))
+                return
+            unneeded = await self._commits.ride(self._end, ending)
+        except LeaseLost:
+            self._leases.pop(number, None)
+            raise
+        self._leases.pop(number, None)
+        if unneeded:
+            await self._files.run(lambda: self._files.remove(unneeded))
+
+    def _end(self, arguments: list[_Ending]) -> list[list[int]]:
+        """Remove messages that have nobody left to serve. Answers, for each, the content files that nobody needs any more."""
+        keys = [(ending.number, ending.lease.token) for ending in arguments]
+        for start in range(0, len(keys), sql.ROWS_A_STATEMENT):
+            some = keys[start : start + sql.ROWS_A_STATEMENT]
+            self._database.execute(sql.end_messages(len(some)), [value for key in some for value in key])
+            if self._database.changes() != len(some):
+                raise LeaseLost(id_of(some[0][0]))  # of one of them: the batch is undone and each is tried alone
+        files: list[list[int]] = [[] for _ in arguments]
+        blobs: list[tuple[int]] = []
+        for ending, unneeded in zip(arguments, files, strict=True):
+            lease = ending.lease
+            if lease.shared and self._database.execute(sql.SHARING, (lease.content,)).fetchone():
+                continue
+            if lease.filed:
+                unneeded.append(lease.content)
+            else:
+                blobs.append((lease.content,))
+        self._insert(sql.end_contents, blobs)
+        self._conclude(arguments)
         return files
 
-    def _continue(self, settlement: Settlement, waiting: list[Recipient], number: int) -> None:
-        claim, then, outcomes = settlement.claim, settlement.next, settlement.outcomes
-        assert then is not None, "a deferred recipient has a next time"
-        kept = [Recipient(r.address, r.notify, r.orcpt, r.in_doubt or outcomes[r.address].in_doubt) for r in waiting]
-        reply = str(outcomes[waiting[-1].address].reply)
-        uncounted = 0 if then.counted else 1
-        self._database.execute(
-            sql.CONTINUE, (*then.lane, then.when, uncounted, then.held, pack_recipients(kept), reply, number, claim.token)
-        )
-        if not self._database.changes():
-            raise LeaseLost(claim.id)
+    def _continue(self, arguments: list[tuple[_Ending, tuple[object, ...]]]) -> list[None]:
+        """Give messages back to their lanes."""
+        for ending, continuation in arguments:
+            self._database.execute(sql.CONTINUE, (*continuation, ending.number, ending.lease.token))
+            if not self._database.changes():
+                raise LeaseLost(id_of(ending.number))
+        self._conclude([ending for ending, _ in arguments])
+        return [None] * len(arguments)
+
+    def _conclude(self, endings: list[_Ending]) -> None:
+        """What every settle does beside: its bounce and its lines in the delivery log."""
+        self._put([ending.bounce for ending in endings])
+        self._insert(sql.put_log, [row for ending in endings for row in ending.log])
 
     async def renew(self, claims: Sequence[Claim]) -> Sequence[Claim]:
-        lease_until = self._clock.now() + LEASE_SECONDS
+        now = self._clock.now()
         renewed = []
         for claim in claims:
-            number = number_of(claim.id)
-            token, ends = self._claimed.get(number, (None, 0.0))
-            if token == claim.token and ends > self._clock.now():
-                self._claimed[number] = (claim.token, lease_until)
-                renewed.append(claim._replace(lease_until=lease_until))
+            lease = self._leases.get(number_of(claim.id))
+            if lease is not None and lease.token == claim.token and lease.until > now:
+                self._leases[number_of(claim.id)] = lease._replace(until=now + LEASE_SECONDS)
+                renewed.append(claim._replace(lease_until=now + LEASE_SECONDS))
         return renewed
 
     async def next_due(self) -> Mapping[Lane, float]:
         now = self._clock.now()
-        expired = [(number, token) for number, (token, ends) in self._claimed.items() if ends <= now]
+        expired = [(number, lease.token) for number, lease in self._leases.items() if lease.until <= now]
         for number, _ in expired:
-            del self._claimed[number]
+            del self._leases[number]
         due: Mapping[Lane, float] = await self._commits.submit(self._next_due, expired)
         return due
 
-    def _next_due(self, expired: list[tuple[int, int]]) -> dict[Lane, float]:
-        self._database.executemany(sql.EXPIRE, expired)
-        return {Lane(upstream, route): due for upstream, route, due in self._database.execute(sql.NEXT_DUE)}
+    def _next_due(self, arguments: list[list[tuple[int, int]]]) -> list[dict[Lane, float]]:
+        for expired in arguments:
+            self._database.executemany(sql.EXPIRE, expired)
+        due = {Lane(upstream, route): due for upstream, route, due in self._database.execute(sql.NEXT_DUE)}
+        return [due] * len(arguments)
 
     # -- health and housekeeping --------------------------------------------------------------------------------------
 
@@ -261,7 +310,7 @@ class SqliteSpool:
     def _forget(self, claims: Sequence[Claim | None]) -> None:
         for claim in claims:
             if claim is not None:
-                self._claimed.pop(number_of(claim.id), None)
+                self._leases.pop(number_of(claim.id), None)
 
     def _commit(self, batch: list[Operation]) -> None:
         """One transaction for the whole batch; if it fails, one for each operation, so that only the culprit has the error."""
@@ -283,12 +332,13 @@ class SqliteSpool:
 
     def _transact(self, batch: list[Operation]) -> None:
         self._database.execute("BEGIN IMMEDIATE")
+        kinds: dict[Callable[[list[Any]], list[Any]], list[Operation]] = {}
         for operation in batch:
-            operation.error = None
-            try:
-                operation.result = operation.run(operation.argument)
-            except LeaseLost as lost:  # raised before anything is changed
-                operation.error = lost
+            kinds.setdefault(operation.run, []).append(operation)
+        for run, operations in kinds.items():
+            results = run([operation.argument for operation in operations])
+            for operation, result in zip(operations, results, strict=True):
+                operation.result = result
         self._database.execute("COMMIT")
 
     def _housekeep(self) -> None:
@@ -311,9 +361,18 @@ class SqliteSpool:
 
     def _take_over(self) -> None:
         self._database.execute(sql.TAKE_OVER)
-        self._last_id = self._database.execute(sql.LAST_ID).get
+        self._last_id = int(self._database.execute(sql.LAST_ID).get)
         kept = {number for (number,) in self._database.execute(sql.FILED)}
         self._files.sweep(kept.__contains__)
+
+
+def _continuation(settlement: Settlement, waiting: list[Recipient]) -> tuple[object, ...]:
+    """The new values of a message that goes back to a lane, in the order of `sqlite_schema.CONTINUE`."""
+    then, outcomes = settlement.next, settlement.outcomes
+    assert then is not None, "a deferred recipient has a next time"
+    kept = [r._replace(in_doubt=r.in_doubt or outcomes[r.address].in_doubt) for r in waiting]
+    reply = str(outcomes[waiting[-1].address].reply)
+    return (*then.lane, then.when, 0 if then.counted else 1, then.held, pack_recipients(kept), reply)
 
 
 def _spool_error(error: Exception) -> Exception:

@@ -4,6 +4,7 @@ Settings: WAL with synchronous=FULL, so that a commit is on the disk when it ret
 thread chooses the moment; incremental vacuum, so that the file can shrink after a backlog.
 """
 
+from functools import cache
 from pathlib import Path
 
 import apsw
@@ -60,15 +61,45 @@ CREATE TABLE log (
 CREATE INDEX log_id ON log (id);
 """
 
-PUT_MESSAGE = f"INSERT INTO message VALUES ({','.join('?' * 18)})"
-PUT_CONTENT = "INSERT INTO content VALUES (?, ?)"
-PUT_LOG = f"INSERT INTO log VALUES (NULL, {','.join('?' * 12)})"
-END = "DELETE FROM message WHERE id = ? AND token = ? RETURNING content, filed, shared"
 SHARING = "SELECT 1 FROM message WHERE content = ? AND shared = 1"
-END_CONTENT = "DELETE FROM content WHERE id = ?"
+#: Statements for many rows take at most this many; each number of rows is a statement of its own in the driver's cache.
+ROWS_A_STATEMENT = 32
+
+
+@cache
+def put_messages(count: int) -> str:
+    return f"INSERT INTO message VALUES {_tuples(count, 18)}"
+
+
+@cache
+def put_contents(count: int) -> str:
+    return f"INSERT INTO content VALUES {_tuples(count, 2)}"
+
+
+@cache
+def put_log(count: int) -> str:
+    columns = "time, id, created, upstream, route, sender, recipient, status, attempt, size, reply, summary"
+    return f"INSERT INTO log ({columns}) VALUES {_tuples(count, 12)}"
+
+
+@cache
+def end_messages(count: int) -> str:
+    """Only where the claim is still held."""
+    return f"DELETE FROM message WHERE (id, token) IN (VALUES {_tuples(count, 2)})"
+
+
+@cache
+def end_contents(count: int) -> str:
+    return f"DELETE FROM content WHERE id IN ({','.join('?' * count)})"
+
+
+def _tuples(count: int, width: int) -> str:
+    return ",".join([f"({','.join('?' * width)})"] * count)
+
+
 CONTINUE = """UPDATE message SET token = NULL, upstream = ?, route = ?, due = ?, attempts = attempts - ?, held = ?, recipients = ?,
     doubt = 0, reply = ? WHERE id = ? AND token = ?"""
-CLAIMABLE = """SELECT id, content, filed, attempts, doubt, created, sender, recipients, facts, prefix, size FROM message
+CLAIMABLE = """SELECT id, content, filed, shared, attempts, doubt, created, sender, recipients, facts, prefix, size FROM message
     WHERE upstream = ? AND route = ? AND (attempts > 0) = ? AND due <= ? AND token IS NULL AND held = '' ORDER BY due LIMIT ?"""
 CLAIM = "UPDATE message SET token = ?, attempts = attempts + 1, due = ? WHERE id = ?"
 QUARANTINE = "UPDATE message SET held = ? WHERE id = ?"
@@ -84,7 +115,7 @@ CONTENT = "SELECT octets FROM content WHERE id = ?"
 def open_database(path: Path) -> apsw.Connection:
     """Open or create the database. Raises SpoolError for a schema newer than this relay."""
     new = not path.exists()
-    database = apsw.Connection(str(path))
+    database = apsw.Connection(str(path), statementcachesize=8 * ROWS_A_STATEMENT)
     database.set_busy_timeout(10_000)  # a reader that recovers the log after a crash holds it for a moment
     if new:
         database.pragma("page_size", _PAGE_BYTES)

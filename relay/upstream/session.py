@@ -18,7 +18,7 @@ from relay.config.model import Upstream
 from relay.mail.outcome import Failure, Outcome, Phase, outcome_of_failure, outcome_of_reply
 from relay.mail.reply import MalformedReply, parse_reply
 from relay.upstream.tls import Contexts
-from relay.upstream.transaction import Outgoing, Transaction
+from relay.upstream.transaction import Offer, Outgoing, Transaction
 from relay.upstream.wire import Wire
 
 _QUIT_SECONDS = 5.0
@@ -35,9 +35,9 @@ class CannotOpen(Exception):
 class Session:
     """One open, authenticated session. Carries one transaction at a time."""
 
-    def __init__(self, wire: Wire, extensions: frozenset[str], upstream: Upstream) -> None:
+    def __init__(self, wire: Wire, offer: Offer, upstream: Upstream) -> None:
         self._wire = wire
-        self._extensions = extensions
+        self._offer = offer
         self._upstream = upstream
         self._dirty = False
         self._botched = False
@@ -50,7 +50,7 @@ class Session:
 
     async def send(self, message: Outgoing) -> list[Outcome]:
         """One outcome for each recipient, in their order. Raises Stale when the session had ended while it was idle."""
-        transaction = Transaction(self._wire, self._extensions, self._upstream.timeouts, message)
+        transaction = Transaction(self._wire, self._offer, self._upstream.timeouts, message)
         self._botched = True  # until proven otherwise: a cancelled transaction leaves the session out of step
         outcomes = await transaction.run(reused=self.messages > 0, reset=self._dirty)
         self._botched, self._dirty = transaction.botched, transaction.dirty
@@ -90,9 +90,8 @@ async def open_session(upstream: Upstream, host: str, *, ehlo: str, contexts: Co
     except BaseException:
         client.close()
         raise
-    extensions = frozenset(_extensions(client))
     transport = cast(asyncio.Transport, client.transport)
-    return Session(Wire(transport), extensions, upstream)
+    return Session(Wire(transport), _offer(client), upstream)
 
 
 async def _connect(client: aiosmtplib.SMTP, host: str, upstream: Upstream) -> None:
@@ -196,9 +195,16 @@ def _logs_in(upstream: Upstream) -> bool:
     return upstream.username is not None and upstream.auth != "none"
 
 
-def _extensions(client: aiosmtplib.SMTP) -> list[str]:
-    """Keywords in capitals; SIZE with its limit."""
-    return [f"SIZE {value}" if key == "size" and value else key.upper() for key, value in client.esmtp_extensions.items()]
+def _offer(client: aiosmtplib.SMTP) -> Offer:
+    extensions = client.esmtp_extensions
+    limit = extensions.get("size", "")
+    return Offer(
+        pipelining="pipelining" in extensions,
+        eight_bit="8bitmime" in extensions,
+        smtputf8="smtputf8" in extensions,
+        size="size" in extensions,
+        size_limit=int(limit) if limit.isascii() and limit.isdigit() else 0,
+    )
 
 
 def _tls_reason(error: ssl.SSLError) -> str:

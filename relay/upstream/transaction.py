@@ -31,6 +31,16 @@ class Outgoing(NamedTuple):
     dotted: bool = True
 
 
+class Offer(NamedTuple):
+    """What an upstream offers in its EHLO reply, as far as a transaction cares. `size_limit` in octets, 0 for none (RFC 1870)."""
+
+    pipelining: bool = False
+    eight_bit: bool = False
+    smtputf8: bool = False
+    size: bool = False
+    size_limit: int = 0
+
+
 class Stale(Exception):
     """A reused connection had ended before it answered MAIL: nothing happened, the message may go on a new one."""
 
@@ -41,9 +51,9 @@ class Transaction:
     After `run`, `botched` says that the connection is out of step or closed, and `dirty` that RSET must come before the next MAIL.
     """
 
-    def __init__(self, wire: Wire, extensions: frozenset[str], timeouts: Timeouts, message: Outgoing) -> None:
+    def __init__(self, wire: Wire, offer: Offer, timeouts: Timeouts, message: Outgoing) -> None:
         self._wire = wire
-        self._extensions = extensions
+        self._offer = offer
         self._timeouts = timeouts
         self._message = message
         self._outcomes: list[Outcome | None] = [None] * len(message.recipients)
@@ -68,14 +78,13 @@ class Transaction:
         return self._fill(None)
 
     def _lacking(self) -> str:
-        message, extensions = self._message, self._extensions
-        if message.eight_bit and "8BITMIME" not in extensions:
+        message, offer = self._message, self._offer
+        if message.eight_bit and not offer.eight_bit:
             return "8BITMIME"
-        if message.smtputf8 and "SMTPUTF8" not in extensions:
+        if message.smtputf8 and not offer.smtputf8:
             return "SMTPUTF8"
-        limit = next((e[5:] for e in extensions if e.startswith("SIZE ")), "")
-        if limit.isdigit() and 0 < int(limit) < message.size:  # RFC 1870: 0 says that no limit is in force
-            return f"SIZE {message.size} (its limit is {limit})"
+        if 0 < offer.size_limit < message.size:
+            return f"SIZE {message.size} (its limit is {offer.size_limit})"
         return ""
 
     # -- MAIL, RCPT, DATA -------------------------------------------------------------------------------------------------
@@ -86,38 +95,41 @@ class Transaction:
         commands.append(self._mail())
         commands += [b"RCPT TO:<%b>\r\n" % recipient.encode("utf-8") for recipient in self._message.recipients]
         commands.append(b"DATA\r\n")
-        pipelining = "PIPELINING" in self._extensions
         replies: list[Lines] = []
-        if pipelining:
-            self._wire.write(b"".join(commands))
-        for number, command in enumerate(commands):
-            if not pipelining:
-                if command == b"DATA\r\n" and not self._taken(replies, reset=reset):
-                    break
-                self._wire.write(command)
-            while len(replies) <= number:
-                self._phase = self._phase_of(number, len(commands), reset=reset)
-                try:
-                    wanted = len(commands) - len(replies) if pipelining else 1
-                    replies += await self._wire.replies(wanted, timeout_seconds=self._timeouts.command)
-                except Broken:
-                    if reused and len(replies) <= int(reset):
-                        raise Stale from None
-                    self._judge(replies, reset=reset)
-                    raise
-            if not pipelining and number == int(reset) and not replies[-1][-1].startswith(b"2"):
-                break
+        try:
+            await (self._pipeline if self._offer.pipelining else self._converse)(commands, replies, reset=reset)
+        except Broken:
+            if reused and len(replies) <= int(reset):
+                raise Stale from None
+            self._judge(replies, reset=reset)
+            raise
         if reused and replies[0][-1].startswith(b"421"):
             raise Stale
         self._judge(replies, reset=reset)
         return self._go_ahead(replies, len(commands))
 
+    async def _pipeline(self, commands: list[bytes], replies: list[Lines], *, reset: bool) -> None:
+        """All in one flight."""
+        self._wire.write(b"".join(commands))
+        while len(replies) < len(commands):
+            self._phase = self._phase_of(len(replies), len(commands), reset=reset)
+            replies += await self._wire.replies(len(commands) - len(replies), timeout_seconds=self._timeouts.command)
+
+    async def _converse(self, commands: list[bytes], replies: list[Lines], *, reset: bool) -> None:
+        """One by one, and DATA only when somebody was taken."""
+        for number, command in enumerate(commands):
+            if command == b"DATA\r\n" and not self._taken(replies, reset=reset):
+                return
+            self._phase = self._phase_of(number, len(commands), reset=reset)
+            self._wire.write(command)
+            replies += await self._wire.replies(1, timeout_seconds=self._timeouts.command)
+            if number == int(reset) and not replies[-1][-1].startswith(b"2"):
+                return
+
     def _mail(self) -> bytes:
-        message, extensions = self._message, self._extensions
-        parameters = b""
-        if any(e == "SIZE" or e.startswith("SIZE ") for e in extensions):
-            parameters += b" SIZE=%d" % message.size
-        if "8BITMIME" in extensions and message.eight_bit:
+        message, offer = self._message, self._offer
+        parameters = b" SIZE=%d" % message.size if offer.size else b""
+        if offer.eight_bit and message.eight_bit:
             parameters += b" BODY=8BITMIME"
         if message.smtputf8:
             parameters += b" SMTPUTF8"

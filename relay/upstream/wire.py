@@ -39,6 +39,8 @@ class Wire(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._lost: Broken | None = None
         self._paused = False
+        self._deadline = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         transport.set_protocol(self)
 
     @property
@@ -82,12 +84,13 @@ class Wire(asyncio.Protocol):
         return True
 
     async def _wait(self, timeout_seconds: float) -> None:
-        self._waiter = waiter = self._loop.create_future()
-        timer = self._loop.call_later(timeout_seconds, self._expire, timeout_seconds)
+        self._deadline = self._loop.time() + timeout_seconds
+        if self._timer is None or self._timer.when() > self._deadline:
+            self._set_timer()
+        self._waiter = self._loop.create_future()
         try:
-            await waiter
+            await self._waiter
         finally:
-            timer.cancel()
             self._waiter = None
 
     def quit(self, *, timeout_seconds: float) -> None:
@@ -127,6 +130,8 @@ class Wire(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         self._end(Broken(Failure.CLOSED, f"connection lost: {exc}" if exc else "the upstream closed the connection"))
 
     def pause_writing(self) -> None:
@@ -136,8 +141,20 @@ class Wire(asyncio.Protocol):
         self._paused = False
         self._release()
 
-    def _expire(self, timeout_seconds: float) -> None:
-        self._end(Broken(Failure.TIMEOUT, f"no answer within {timeout_seconds:g} s"))
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(self._deadline, self._expire)
+
+    def _expire(self) -> None:
+        """One timer a connection, left alone while waits come and go: it looks whether this one's time is up."""
+        self._timer = None
+        if self._waiter is None:
+            return
+        if self._loop.time() < self._deadline:
+            self._set_timer()
+            return
+        self._end(Broken(Failure.TIMEOUT, "no answer in time"))
         self._transport.abort()
 
     def _end(self, reason: Broken) -> None:
