@@ -1,7 +1,8 @@
 # Everything here sets itself up: a machine with make and Python 3.11+ (with venv) is enough.
 
-# The first Python that is new enough and can make a venv; `make PYTHON=/path/to/python3.12 …` chooses another.
-find_python = for p in python3.13 python3.12 python3.11 python3; do \
+# The first Python that is new enough and can make a venv; `make PYTHON=/path/to/python3.12 …` chooses another. The distribution's own
+# comes first: it is built with optimisation, which one made by hand often is not (15 % of the throughput).
+find_python = for p in /usr/bin/python3 python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done
 PYTHON ?= $(shell $(find_python))
 

@@ -1,19 +1,28 @@
 """The command line: one module for each command, loaded only when it is asked for.
 
+A command's module adds its parser and imports what it needs only when it runs, so that `relay --help` is quick. Commands that the
+contract names and that are not built say so instead of being unknown.
+
 Exit codes: 0 ok, 1 the test failed, 64 usage, 75 try again, 78 configuration error (sysexits.h).
 """
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
 from relay import __version__
+from relay.cli.options import add_config, add_unavailable
 
 EX_USAGE = 64
+_EX_INTERRUPTED = 130  # 128 and the number of SIGINT, as a shell says it
 
 _COMMANDS = ("serve", "check", "explain", "demo", "queue", "log", "schema")
+_WITH_FILE = ("serve", "check", "explain")  # those that read the spool add `-c` with their filters
+_NOT_YET = ("test", "trace", "status", "pause", "resume", "reload", "sendmail", "oauth", "secret", "hash-password", "dkim", "import")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,14 +35,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and answer its exit code."""
     parser = _Parser(prog="relay", description="Takes mail from old apps and forwards it through their owners' own upstreams.")
     parser.add_argument("--version", action="version", version=f"relay {__version__}")
-    parser.add_argument("-c", "--config", help="default: $RELAY_CONFIG, else ./config.yaml, else /etc/relay/config.yaml")
+    add_config(parser)
+    parser.set_defaults(config=None)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in _COMMANDS:
         import_module(f"relay.cli.{name}").add_parser(subparsers)
+        if name in _WITH_FILE:
+            add_config(subparsers.choices[name])
+    add_unavailable(subparsers, _NOT_YET)
     options = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character gets a stand-in
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code: int = options.run(options)
-    except BrokenPipeError:  # the reader of a listing has gone
-        sys.stderr.close()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a listing has gone; nothing may be written to it at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        return _EX_INTERRUPTED
     return code

@@ -1,25 +1,37 @@
-"""`relay serve`: run in the foreground until SIGTERM."""
+"""`relay serve`: run in the foreground until SIGTERM or Ctrl-C, which drain it.
+
+A configuration that cannot be used is told with all its findings and exit code 78, which the unit does not restart on; warnings go to
+the log. Exit code 75: the port is taken or another relay holds the spool.
+"""
 
 import argparse
 import os
 import sys
+from typing import Any
+
+_EX_CONFIG = 78
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser("serve", help="run the relay in the foreground")
-    parser.add_argument("-c", "--config", default=argparse.SUPPRESS, help="the configuration file")
+def add_parser(subparsers: Any) -> None:
+    """Add `serve` to the commands."""
+    parser = subparsers.add_parser(
+        "serve", help="run the relay in the foreground", description="Run in the foreground until SIGTERM or Ctrl-C, which drain it."
+    )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    from relay.config.load import ConfigError, find_config, load
+    """Serve, and return the exit code."""
+    from relay.config.findings import ConfigError
+    from relay.config.load import examine, find_config
 
     try:
-        config = load(find_config(options.config, os.environ))
+        config, findings = examine(find_config(options.config, os.environ))
     except ConfigError as error:
-        for finding in error.findings:
-            print(finding, file=sys.stderr)
-        return 78
+        config, findings = None, list(error.findings)
+    if config is None:
+        print("\n".join(map(str, findings)), file=sys.stderr)
+        return _EX_CONFIG
     from relay import app
 
-    return app.run(config)
+    return app.run(config, warnings=[str(finding) for finding in findings])

@@ -19,7 +19,7 @@ from relay.config.findings import BROKEN, ConfigError, Finding, KeyPath, Problem
 from relay.config.model import Config
 from relay.config.scalars import resolve_scalar, surprise
 
-__all__ = ["ConfigError", "Finding", "examine", "find_config", "load"]
+__all__ = ["ConfigError", "Finding", "examine", "find_config", "load", "spool_directory"]
 
 _Loader: Final[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SYSTEM_FILE: Final = Path("/etc/relay/config.yaml")
@@ -53,6 +53,24 @@ def load(path: str | Path, environ: Mapping[str, str] = os.environ) -> Config:
     if config is None:
         raise ConfigError(findings)
     return config
+
+
+def spool_directory(path: str | Path, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where `path` says the spool is, whatever else is wrong in it: an operator's shell need not have the secrets of the service.
+
+    Raises ConfigError when the file cannot be read or its `spool` not be understood.
+    """
+    try:
+        document = _parse(str(path), _read(Path(path))[0])
+    except _Unreadable as error:
+        raise ConfigError([Finding(str(path), error.line, error.column, "", error.message)]) from None
+    if not document.complete or ("spool",) in document.broken:
+        raise ConfigError(document.findings)
+    value = {"hostname": "localhost"} | {key: document.value[key] for key in ("spool",) if key in document.value}
+    try:
+        return Config.model_validate(value, context={"environ": environ}).spool.directory
+    except ValidationError as error:
+        raise ConfigError(document.located(list(wording.problems(error, document.value)))) from None
 
 
 def examine(path: str | Path, environ: Mapping[str, str] = os.environ, *, thorough: bool = False) -> tuple[Config | None, list[Finding]]:

@@ -1,0 +1,94 @@
+"""`relay queue list`: what is waiting in the spool, since when, where for, and what the upstream said last.
+
+Reads the spool itself, whether a relay runs or not. `active` means that an attempt is under way, or was when the relay ended.
+"""
+
+import argparse
+import time
+from typing import TYPE_CHECKING, Any
+
+from relay.cli.options import add_unavailable
+from relay.cli.selection import STATES, add_filters, selection, with_view
+
+if TYPE_CHECKING:
+    from relay.spool.base import Queued
+    from relay.spool.sqlite_view import SqliteView
+
+_NOT_YET = ("show", "retry", "hold", "release", "drop", "bounce")
+_COLUMNS = ("ID", "STATE", "AGE", "TRIES", "SIZE", "ROUTE", "UPSTREAM", "SENDER", "RECIPIENTS", "NEXT", "LAST REPLY")
+_SHOWN_RECIPIENTS = 2
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `queue` to the commands."""
+    parser = subparsers.add_parser("queue", help="what is waiting", description="Show what is waiting in the spool.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    listing = verbs.add_parser("list", help="what is waiting, since when, and the last reply", description=__doc__.partition("\n\n")[2])
+    add_filters(listing, states=STATES)
+    listing.set_defaults(run=run)
+    add_unavailable(verbs, _NOT_YET)
+
+
+def run(options: argparse.Namespace) -> int:
+    """List, and return the exit code."""
+    return with_view(options, lambda view: _list(view, options))
+
+
+def _list(view: "SqliteView", options: argparse.Namespace) -> None:
+    from relay.cli.table import Table, as_json, counted, size
+    from relay.spool.sqlite_view import EVERYTHING
+
+    wanted = selection(options)
+    if options.json:
+        for queued in view.queued(wanted):
+            print(as_json(_fields(queued)))
+        return
+    messages = recipients = octets = 0
+
+    def rows() -> Any:
+        nonlocal messages, recipients, octets
+        for queued in view.queued(wanted):
+            messages, recipients, octets = messages + 1, recipients + len(queued.recipients), octets + queued.size
+            yield _row(queued, time.time())
+
+    for line in Table(_COLUMNS, right=("AGE", "TRIES", "SIZE")).lines(rows()):
+        print(line)
+    if messages:
+        print(f"{counted(messages, 'message')}, {counted(recipients, 'recipient')}, {size(octets)}")
+    else:
+        print("queue is empty" if wanted == EVERYTHING else "nothing in the queue is like that")
+
+
+def _row(queued: "Queued", now: float) -> tuple[str, ...]:
+    from relay.cli.table import age, size
+
+    names = list(queued.recipients[:_SHOWN_RECIPIENTS])
+    names += [f"and {len(queued.recipients) - len(names)} more"] if len(queued.recipients) > len(names) else []
+    waits = "now" if queued.due <= now else f"in {age(queued.due - now)}"
+    following = waits if queued.state in ("due", "deferred") else "-"
+    reply = f"held: {queued.held}" if queued.held else queued.last_reply
+    return (
+        queued.id, queued.state, age(now - queued.created), str(queued.attempts), size(queued.size), queued.lane.route,
+        queued.lane.upstream, queued.sender or "<>", ", ".join(names), following, f"in doubt: {reply}" if queued.in_doubt else reply,
+    )  # fmt: skip
+
+
+def _fields(queued: "Queued") -> dict[str, object]:
+    """One message for a script."""
+    from relay.cli.table import moment
+
+    return {
+        "id": queued.id,
+        "state": queued.state,
+        "route": queued.lane.route,
+        "upstream": queued.lane.upstream,
+        "sender": queued.sender,
+        "recipients": list(queued.recipients),
+        "size": queued.size,
+        "created": moment(queued.created),
+        "due": moment(queued.due),
+        "attempts": queued.attempts,
+        "held": queued.held,
+        "reply": queued.last_reply,
+        "in_doubt": queued.in_doubt,
+    }

@@ -1,0 +1,107 @@
+"""The command line as a whole: which commands there are, what the missing ones say, and what they cost to start."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from relay.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("aiosmtpd", "aiosmtplib", "apsw", "asyncio", "cryptography", "pydantic", "smtplib", "ssl", "uvloop", "yaml")
+
+
+def exit_code(*argv: str) -> int:
+    try:
+        return main(argv)
+    except SystemExit as end:
+        assert isinstance(end.code, int)
+        return end.code
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["trace", "649D2A1B3C4D5"],
+        ["status"],
+        ["pause", "acme"],
+        ["resume", "acme"],
+        ["reload"],
+        ["test", "acme", "--to", "you@example.org"],
+        ["sendmail", "-t", "-i", "-f", "me@acme.example"],
+        ["oauth", "login", "acme"],
+        ["secret", "keygen"],
+        ["hash-password"],
+        ["dkim", "keygen", "--help"],
+        ["import", "postfix"],
+        ["queue", "show", "649D2A1B3C4D5"],
+        ["queue", "retry", "--route", "acme"],
+        ["queue", "hold", "--sender", "acme.example", "--json"],
+        ["queue", "release", "649D2A1B3C4D5"],
+        ["queue", "drop", "--older-than", "2h"],
+        ["queue", "bounce", "649D2A1B3C4D5"],
+    ],
+)
+def test_what_is_not_built_says_so_and_is_a_usage_error(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(*argv) == 64
+    captured = capsys.readouterr()
+    name = " ".join(argv[: 2 if argv[0] == "queue" else 1])
+    assert captured.err == f"relay {name}: not available yet\n"
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "required: COMMAND"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["queue"], "required: VERB"),
+        (["queue", "list", "--older-than", "5"], "must be a duration such as 30s"),
+        (["queue", "list", "--state", "sent"], "invalid choice: 'sent'"),
+        (["queue", "list", "--sender", "@acme.example"], "without the @"),
+        (["queue", "list", "--json", "not-an-id"], "is not the id of a message"),
+        (["log", "-n", "-1"], "-n"),
+        (["log", "-n", "many"], "'many' is not a number of lines"),
+        (["demo", "--port", "70000"], "'70000' is not a port"),
+    ],
+)
+def test_a_wrong_command_line_is_a_usage_error(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(*argv) == 64
+    assert words in capsys.readouterr().err
+
+
+def test_help_lists_what_there_is_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("--help") == 0
+    lines = capsys.readouterr().out.partition("COMMAND\n")[2].partition("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in lines] == ["serve", "check", "explain", "demo", "queue", "log", "schema"]
+
+
+@pytest.mark.parametrize("argv", [["-c", "FILE", "check"], ["check", "-c", "FILE"], ["check", "--config=FILE"]])
+def test_the_file_may_be_named_before_and_after_the_command(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "named.yaml"
+    file.write_text("upstreams: {a: {host: a.example, senders: [a.example]}}\nroutes: [{sender: a.example, upstream: a}]\n")
+    assert exit_code(*(word.replace("FILE", str(file)) for word in argv)) == 0
+    assert "named.yaml: 1 upstream, 1 route: ok" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("from relay.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass", HEAVY),
+        ("import relay.cli.serve, relay.config.load, relay.app", ("cryptography", "smtplib")),
+    ],
+)
+def test_starting_loads_nothing_that_it_does_not_need(code: str, absent: tuple[str, ...]) -> None:
+    code += f"\nimport sys\nprint(*(name for name in {absent} if name in sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
+    assert done.stderr.split() == []
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    command = (
+        f"{sys.executable} -c 'import sys; from relay.cli import main; sys.exit(main([\"schema\"]))' | head -n 1; echo ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout.splitlines()[-1] == "0"
+    assert done.stderr == ""
