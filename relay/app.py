@@ -139,4 +139,6 @@ async def _main(config: Config, journal: Journal) -> None:
     relay = Relay(config, journal)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, relay.stop, signal.Signals(number).name)
+    # Its default would end the process without draining, and a unit's or a habit's "reload" must not cost a session.
+    loop.add_signal_handler(signal.SIGHUP, journal.note, "warning", "SIGHUP: reloading is not available yet; restart to use a new file")
     await relay.serve()

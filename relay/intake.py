@@ -132,12 +132,12 @@ class Intake:
         try:
             reply = await self._decide(transaction, content, head)
         finally:
-            if content.path is not None and not reply.positive:
-                content.path.unlink(missing_ok=True)
+            if not reply.positive:
+                self._spool.discard(content)
         return reply
 
     async def _decide(self, transaction: Transaction, content: Content, head: bytes) -> Reply:
-        block, _ = header.split(head)
+        block = header.block_of(head)
         if len(block) > HEADER_LIMIT_BYTES:
             return _HEADER_TOO_LARGE
         found = header.scan(block)
@@ -171,7 +171,8 @@ class Intake:
         return found.received >= _HOPS_LIMIT or header.traces_of(found, self._config.hostname) >= _OWN_HOPS_LIMIT
 
     def _drafts(
-        self, transaction: Transaction, origin: Origin, content: Content, found: header.Scan, groups: Sequence[tuple[Route, list[Recipient]]]
+        self, transaction: Transaction, origin: Origin, content: Content, found: header.Scan,
+        groups: Sequence[tuple[Route, list[Recipient]]],
     ) -> list[Draft]:  # fmt: skip
         now = self._clock.now()
         summary = header.summary_of(found)

@@ -8,7 +8,7 @@ State: none but what it was built with.
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import NamedTuple
 
 from relay.clock import Clock
@@ -52,6 +52,7 @@ class Attempts:
         self._pool = pool
         self._journal = journal
         self._clock = clock
+        self._turn = asyncio.Lock()
 
     async def send(self, claim: Claim, *, fresh: bool) -> Result:
         """Try the message. `fresh`: it was routed a moment ago and has not been in the spool's queue. Never raises."""
@@ -100,13 +101,14 @@ class Attempts:
         except OSError as error:
             held = f"its content cannot be read: {error.strerror}"
             return Result(untried(claim), Next(self._clock.now(), claim.lane, counted=False, held=held))
-        original, body = header.split(head)
+        original = header.block_of(head)
         block = rewrite_header(claim.prefix + original, rules)
         sender = envelope_sender(claim.envelope.sender, rules)
         if upstream.senders and (reason := objection(upstream.senders, sender, header.scan(block))) is not None:
             held = f"upstream {claim.lane.upstream} may not send it: {reason}"
             return Result(untried(claim), Next(self._clock.now(), claim.lane, counted=False, held=held))
-        octets = b"".join((block, header.separator(body), body))
+        body = memoryview(head)[len(original) :]
+        octets = b"".join((block, header.separator(bytes(body[:2])), body))
         addresses = [r.address for r in claim.envelope.recipients]
         message = Outgoing(
             sender=sender or ("" if upstream.null_sender == "keep" else upstream.null_sender),
@@ -141,11 +143,13 @@ class Attempts:
                 again = [a for a, r in zip(now, results, strict=True) if r.phase is Phase.RCPT and r.reply.code in _TOO_MANY]
                 limit = len(now) - len(again) if again else limit
                 waiting = again + waiting
+                for address in again:
+                    del outcomes[address]
             elif fault := next((result for result in results if result.scope in (Scope.UPSTREAM, Scope.CREDENTIAL)), None):
                 outcomes |= dict.fromkeys(waiting, fault._replace(in_doubt=False))
                 break
 
-    async def _read(self, content: Content) -> tuple[bytes, Callable[[], AsyncIterator[bytes]] | None]:
+    async def _read(self, content: Content) -> tuple[bytes, Callable[[], AsyncGenerator[bytes, None]] | None]:
         """The content, or its head and how to get the rest. Raises OSError."""
         if content.octets is not None:
             return content.octets, None
@@ -153,13 +157,15 @@ class Attempts:
         path, loop = content.path, asyncio.get_running_loop()
         head = await loop.run_in_executor(None, _read_slice, path, 0, _HEAD_BYTES)
 
-        async def rest() -> AsyncIterator[bytes]:
+        async def rest() -> AsyncGenerator[bytes, None]:
             place = len(head)
             while place < content.size:
                 octets = await loop.run_in_executor(None, _read_slice, path, place, _SLICE_BYTES)
                 if not octets:
                     raise OSError("the content file is shorter than it was")
                 place += len(octets)
+                async with self._turn:  # one of the large messages works on its slice in each round of the loop, not all of them
+                    await asyncio.sleep(0)
                 yield octets
 
         return head, rest if len(head) < content.size else None

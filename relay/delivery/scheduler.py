@@ -25,14 +25,14 @@ from relay.spool.base import Claim, Lane, Next, Spool, SpoolError
 _REFRESH_SECONDS = 60.0
 _REFRESH_SOON_SECONDS = 5.0
 
-#: Claims whose lease ends sooner than this are renewed while their attempt runs.
-_RENEW_BEFORE_SECONDS = 600.0
-
 #: Claims that wait in memory for a slot of their upstream, for each of its slots: read in one commit, not one by one.
 _WINDOW_PER_SLOT = 3
 
 #: While the contents of all claims in memory together exceed this, nothing is claimed ahead of a free slot (law 8).
 _MEMORY_LIMIT_BYTES = 64 * 1024 * 1024
+
+#: The timeline keeps times that may no longer be true until there are this many more of them than of lanes.
+_HINTS_LIMIT = 1000
 
 #: Slots for lanes whose upstream is no longer configured: their mail is matched again or held, and touches no network.
 _ORPHAN_SLOTS = 5
@@ -70,12 +70,14 @@ class Scheduler:
         self._clock = clock
         self._slots = {name: _Slots(upstream.limits.connections) for name, upstream in config.upstreams.items()}
         self._due: dict[Lane, float] = {}  # the earliest known time for each lane that waits
-        self._timeline: list[tuple[float, Lane]] = []  # heap; entries that differ from _due are stale
+        self._timeline: list[tuple[float, Lane]] = []  # heap; entries that differ from _due are hints, and may be wrong
         self._changed = asyncio.Event()
         self._refresh_at = 0.0  # monotonic seconds
         self._running: dict[asyncio.Task[None], Claim] = {}
         self._loop = asyncio.get_running_loop()
+        self._throttle_seconds = config.retry.first
         self._octets = 0
+        self._claiming = asyncio.Lock()
         self._stopping = False
 
     # -- for intake -------------------------------------------------------------------------------------------------------
@@ -100,6 +102,9 @@ class Scheduler:
         if when < self._due.get(lane, float("inf")):
             self._due[lane] = when
             heapq.heappush(self._timeline, (when, lane))
+            if len(self._timeline) > 2 * len(self._due) + _HINTS_LIMIT:
+                self._timeline = [(due, known) for known, due in self._due.items()]
+                heapq.heapify(self._timeline)
             self._changed.set()
 
     # -- the service ------------------------------------------------------------------------------------------------------
@@ -130,7 +135,9 @@ class Scheduler:
         return under_way
 
     async def drained(self) -> None:
-        """Wait until no attempt is under way."""
+        """Wait until no claim is being made and no attempt is under way."""
+        async with self._claiming:
+            pass
         while self._running:
             await asyncio.wait(self._running)
 
@@ -144,22 +151,21 @@ class Scheduler:
     async def _refresh(self) -> None:
         if self._clock.monotonic() < self._refresh_at:
             return
-        self._refresh_at = self._clock.monotonic() + _REFRESH_SECONDS
+        self._refresh_at = self._clock.monotonic() + _REFRESH_SOON_SECONDS  # unless the spool answers
+        held = [*self._running.values(), *(claim for slots in self._slots.values() for claim, _ in slots.window)]
+        await self._spool.renew(held)  # before leases are looked at
         for lane, when in (await self._spool.next_due()).items():
             self.wake(lane, when)
-        limit = self._clock.now() + _RENEW_BEFORE_SECONDS
-        held = [*self._running.values(), *(claim for slots in self._slots.values() for claim, _ in slots.window)]
-        await self._spool.renew([claim for claim in held if claim.lease_until < limit])
+        self._refresh_at = self._clock.monotonic() + _REFRESH_SECONDS
 
     def _collect(self) -> None:
         """Move lanes that have become due into their upstream's turn."""
         now = self._clock.now()
         while self._timeline and self._timeline[0][0] <= now:
-            when, lane = heapq.heappop(self._timeline)
-            if self._due.get(lane) == when:
-                slots = self._slots_of(lane)
-                if lane not in slots.ready:
-                    slots.ready.append(lane)
+            _, lane = heapq.heappop(self._timeline)
+            slots = self._slots_of(lane)
+            if lane not in slots.ready:
+                slots.ready.append(lane)
 
     async def _claim(self) -> None:
         """Claim for every upstream that has room and ready lanes, each lane its share, all in one commit of the spool."""
@@ -176,7 +182,8 @@ class Scheduler:
                 share = room // len(lanes) + (1 if place < room % len(lanes) else 0)
                 slots.promised += share
                 wanted.append((lane, share))
-        results = await asyncio.gather(*(self._claim_lane(lane, share) for lane, share in wanted))
+        async with self._claiming:
+            results = await asyncio.gather(*(self._claim_lane(lane, share) for lane, share in wanted))
         if any(results):
             self._changed.set()  # lanes that gave all they were asked for may have more
 
@@ -238,20 +245,22 @@ class Scheduler:
         slots = self._slots[claim.lane.upstream]
         try:
             result = await self._attempts.send(claim, fresh=fresh)
+            if any(outcome.throttled for outcome in result.outcomes.values()):
+                slots.until = self._clock.monotonic() + self._throttle_seconds  # before the next one takes the slot
         finally:
             self._leave(slots)
-        throttled = any(outcome.throttled for outcome in result.outcomes.values())
-        for due in await self._settler.settle(claim, result):
-            if throttled and due.lane == claim.lane:
-                slots.until = self._clock.monotonic() + (due.when - self._clock.now())
-            self.wake(due.lane, due.when)
+        await self._settle(claim, result)
 
     def _return(self, claim: Claim) -> None:
         self._own(claim, self._give_back(claim))
 
     async def _give_back(self, claim: Claim) -> None:
         """End a claim whose attempt never began: it is not in doubt."""
-        await self._settler.settle(claim, Result(untried(claim), Next(self._clock.now(), claim.lane, counted=False)))
+        await self._settle(claim, Result(untried(claim), Next(self._clock.now(), claim.lane, counted=False)))
+
+    async def _settle(self, claim: Claim, result: Result) -> None:
+        for due in await self._settler.settle(claim, result):
+            self.wake(due.lane, due.when)
 
     def _leave(self, slots: _Slots) -> None:
         """A slot is free: the next claim of the window takes it."""

@@ -6,6 +6,7 @@ step that ends its message; an outcome that cannot be stored is stored later, ne
 
 import asyncio
 import random
+from collections.abc import Sequence
 
 from relay.clock import Clock
 from relay.config.model import Config
@@ -13,7 +14,7 @@ from relay.delivery.attempt import Result
 from relay.delivery.retry import Plan, plan
 from relay.mail.bounce import Undelivered, make_bounce
 from relay.mail.envelope import Envelope, Facts, Origin, Recipient
-from relay.mail.outcome import Scope, Status
+from relay.mail.outcome import Outcome, Scope, Status
 from relay.observe.journal import Journal
 from relay.routing import Router, upstreams_of
 from relay.spool.base import Claim, Content, Draft, Lane, LeaseLost, Next, Settlement, Spool, SpoolError
@@ -37,20 +38,32 @@ class Settler:
         """Store what the attempt came to. Answers what is due next, and where. Raises nothing but cancellation."""
         if result.moved is not None:
             return await self._move(claim, result)
+        if all(outcome.status is Status.SENT for outcome in result.outcomes.values()):
+            return await self._finish(claim, result)
         route = self._router.route(claim.lane.route)
-        upstreams = upstreams_of(route) if route is not None else (claim.lane.upstream,)
+        upstreams = (upstreams_of(route) if route is not None else ()) or (claim.lane.upstream,)
         jitter = self._rng.uniform(0.9, 1.1)
         decided = plan(claim, result.outcomes, upstreams=upstreams, retry=self._config.retry, now=self._clock.now(), jitter=jitter)
-        bounce = self._bounce(claim, decided, result) if decided.failed else None
+        bounce, told = self._bounce(claim, decided, result) if decided.failed else (None, ())
         if not await self._store(Settlement(claim, decided.outcomes, decided.next, bounce)):
             return []
-        self._tell(claim, decided, bounce)
+        self._tell(claim, decided)
+        self._tell_upstream(claim, result)
+        if bounce is not None:
+            self._journal.bounced(id=claim.id, bounce=bounce.id, recipients=claim.envelope.sender, failed=",".join(told))
+        self._tell_untold(claim, [r for r, _ in decided.failed if r.address not in told])
         due = [decided.next] if decided.next is not None else []
         return [*due, Next(bounce.due, bounce.lane)] if bounce is not None else due
 
+    async def _finish(self, claim: Claim, result: Result) -> list[Next]:
+        """The common end: everybody has been sent to, and nothing is left to decide."""
+        if await self._store(Settlement(claim, result.outcomes)):
+            self._tell(claim, Plan(result.outcomes, None, ()))
+        return []
+
     async def _move(self, claim: Claim, result: Result) -> list[Next]:
         assert result.moved is not None
-        if not await self._store(Settlement(claim, result.outcomes, result.moved)):
+        if not await self._store(Settlement(claim, result.outcomes, result.moved, tried=False)):
             return []
         if not result.moved.held:
             return [result.moved]
@@ -73,59 +86,59 @@ class Settler:
                 self._journal.fault("storing an outcome, trying again", error, id=settlement.claim.id)
                 await asyncio.sleep(_AGAIN_SECONDS)
 
-    def _bounce(self, claim: Claim, decided: Plan, result: Result) -> Draft | None:
-        """The report to the sender, by the sender's own route, or None where nobody may be told."""
+    def _bounce(self, claim: Claim, decided: Plan, result: Result) -> tuple[Draft | None, Sequence[str]]:
+        """The report to the sender, by the sender's own route, or None where nobody may be told; and whom it speaks of."""
         now, envelope, new_id = self._clock.now(), claim.envelope, self._spool.new_id()
         block = claim.prefix + result.header_block
         message = Undelivered(claim.id, envelope, decided.failed, block, claim.created, claim.lane.upstream)
         bounce = make_bounce(message, reporting_mta=self._config.hostname, bounce_id=new_id, now=now)
         if bounce is None:
-            return None
+            return None, ()
         origin = Origin(claim.origin.listener, claim.origin.client, claim.origin.user, claim.origin.session, envelope.sender)
         route = self._router.match(Facts("", bounce.recipient, origin)).route
         lane = Lane(route.upstream, route.name) if route is not None and route.upstream is not None else claim.lane
         content = Content(len(bounce.content), bounce.content, eight_bit=not bounce.content.isascii())
         reported = Envelope("", (Recipient(bounce.recipient),), smtputf8=not bounce.recipient.isascii())
-        return Draft(new_id, lane, reported, content, now, origin=origin, due=now)
+        return Draft(new_id, lane, reported, content, now, origin=origin, due=now), bounce.recipients
 
-    def _tell(self, claim: Claim, decided: Plan, bounce: Draft | None) -> None:
+    def _tell(self, claim: Claim, decided: Plan) -> None:
+        """One event for all recipients who fared alike."""
         lane, then = claim.lane, decided.next
         if decided.fallback:
             self._tell_degraded(claim, decided)
-        for status, recipients in _by_status(claim, decided).items():
-            outcome = decided.outcomes[recipients[0].address]
+        for outcome, recipients in _by_outcome(claim, decided).items():
             facts = {
                 "id": claim.id, "session": claim.origin.session, "route": lane.route, "upstream": lane.upstream,
                 "sender": claim.envelope.sender or "<>", "recipients": _names(recipients), "size": claim.content.size,
                 "reply": str(outcome.reply), "attempt": claim.attempt, "delay": self._clock.now() - claim.created,
             }  # fmt: skip
-            if status is Status.SENT:
+            if outcome.status is Status.SENT:
                 self._journal.sent(**facts)  # type: ignore[arg-type]
                 self._tell_recovered(lane)
-            elif status is Status.FAILED:
+            elif outcome.status is Status.FAILED:
                 self._journal.failed(**facts)  # type: ignore[arg-type]
             elif then is not None:
                 seconds = max(0.0, then.when - self._clock.now())
                 next_try = f"fallback {then.lane.upstream}, now" if decided.fallback else f"in {seconds:.0f} s at {then.lane.upstream}"
                 in_doubt = outcome.in_doubt or any(r.in_doubt for r in recipients)
                 self._journal.deferred(**facts, next_try=next_try, in_doubt=in_doubt)  # type: ignore[arg-type]
-                if outcome.scope is Scope.CREDENTIAL:
-                    user = self._config.upstreams[lane.upstream].username or ""
-                    self._journal.auth_failed(upstream=lane.upstream, user=user, reply=str(outcome.reply))
-                if outcome.throttled:
-                    self._journal.throttled(upstream=lane.upstream, reply=str(outcome.reply))
-        self._tell_failed(claim, decided, bounce)
 
-    def _tell_failed(self, claim: Claim, decided: Plan, bounce: Draft | None) -> None:
-        if bounce is not None:
-            self._journal.bounced(
-                id=claim.id, bounce=bounce.id, recipients=claim.envelope.sender, failed=_names([r for r, _ in decided.failed])
-            )
-        elif decided.failed:
-            self._journal.unbounced(
-                id=claim.id, sender=claim.envelope.sender or "<>", recipients=_names([r for r, _ in decided.failed]),
-                reason="a bounce is never bounced" if not claim.envelope.sender else "the sender asked for no notice",
-            )  # fmt: skip
+    def _tell_upstream(self, claim: Claim, result: Result) -> None:
+        """What the attempt says about everybody who uses this credential or upstream."""
+        upstream, outcomes = claim.lane.upstream, result.outcomes.values()
+        if refused := next((outcome for outcome in outcomes if outcome.scope is Scope.CREDENTIAL), None):
+            settings = self._config.upstreams.get(upstream)
+            user = settings.username if settings is not None and settings.username is not None else ""
+            self._journal.auth_failed(upstream=upstream, user=user, reply=str(refused.reply))
+        if throttled := next((outcome for outcome in outcomes if outcome.throttled), None):
+            self._journal.throttled(upstream=upstream, reply=str(throttled.reply))
+
+    def _tell_untold(self, claim: Claim, failed: Sequence[Recipient]) -> None:
+        """The log's last word on those whom no report speaks of."""
+        if failed:
+            sender = claim.envelope.sender
+            reason = "the sender asked for no notice" if sender else "a bounce is never bounced"
+            self._journal.unbounced(id=claim.id, sender=sender or "<>", recipients=_names(failed), reason=reason)
 
     def _tell_degraded(self, claim: Claim, decided: Plan) -> None:
         """One event when a route begins to use its fallback."""
@@ -142,12 +155,12 @@ class Settler:
             self._journal.recovered(route=lane.route, upstream=lane.upstream)
 
 
-def _by_status(claim: Claim, decided: Plan) -> dict[Status, list[Recipient]]:
-    found: dict[Status, list[Recipient]] = {}
+def _by_outcome(claim: Claim, decided: Plan) -> dict[Outcome, list[Recipient]]:
+    found: dict[Outcome, list[Recipient]] = {}
     for recipient in claim.envelope.recipients:
-        found.setdefault(decided.outcomes[recipient.address].status, []).append(recipient)
+        found.setdefault(decided.outcomes[recipient.address], []).append(recipient)
     return found
 
 
-def _names(recipients: "list[Recipient] | tuple[Recipient, ...]") -> str:
+def _names(recipients: Sequence[Recipient]) -> str:
     return ",".join(r.address for r in recipients)

@@ -13,14 +13,14 @@ from typing import NamedTuple
 from relay.mail.content import has_dot_line, normalize, unstuff
 from relay.spool.base import Content, ContentWriter, SpoolError
 
-#: What arrives past this goes to a file (law 8). It is also the limit of one line.
-MEMORY_LIMIT_BYTES = 1024 * 1024
+#: What arrives past this goes to a file (law 8): 1 MiB with its header. It is also the limit of one line.
+MEMORY_LIMIT_BYTES = (1024 + 64) * 1024
 
-#: Content is processed when this much has gathered.
-_CHUNK_BYTES = 256 * 1024
+#: Content that has not ended by then is processed in chunks of at least this size.
+_CHUNK_BYTES = MEMORY_LIMIT_BYTES
 
 #: The transport stops reading while this much waits to be used.
-_PAUSE_BYTES = 2 * _CHUNK_BYTES
+_PAUSE_BYTES = _CHUNK_BYTES + 256 * 1024
 
 # The final dot and the line end before it, and the final dot of empty content.
 _END = b"\r\n.\r\n"
@@ -95,7 +95,7 @@ class Input:
             self._searched = len(buffer)
             return None
         self._searched = 0
-        octets = bytes(buffer[: end + 2])
+        octets = self._first(end + 2)
         self.drop(end + len(_END))
         return octets
 
@@ -118,13 +118,21 @@ class Input:
                     break
                 end = buffer.find(_END, max(0, searched - len(_END)))
                 if end >= 0:
-                    await gathering.add(bytes(buffer[: end + 2]))
+                    chunk = self._first(end + 2)
                     self.drop(end + len(_END))
+                    await gathering.add(chunk)
                     break
+                if len(buffer) > _CHUNK_BYTES and (lines := buffer.rfind(b"\n") + 1):
+                    chunk = self._first(lines)
+                    self.drop(lines)
+                    framed, searched = chunk.endswith(b"\r\n"), 0
+                    await gathering.add(chunk)
+                    continue  # more may have arrived meanwhile, and the end with it
+                if len(buffer) > MEMORY_LIMIT_BYTES:
+                    gathering.trouble = "line too long"
+                    self.drop(len(buffer) - 4)  # nothing of it is kept, but the final dot must still be found
+                    framed = False
                 searched = len(buffer)
-                if searched > _CHUNK_BYTES:
-                    framed = await self._take_lines(gathering, framed=framed)
-                    searched = len(buffer)
                 await self._more()
             self._searched = 0
             return await gathering.finish()
@@ -132,19 +140,10 @@ class Input:
             gathering.discard()
             raise
 
-    async def _take_lines(self, gathering: "Gathering", *, framed: bool) -> bool:
-        """Move the complete lines of the buffer on. Answers whether they end with a CRLF."""
-        end = self.buffer.rfind(b"\n") + 1
-        if not end:
-            if len(self.buffer) > MEMORY_LIMIT_BYTES:
-                gathering.trouble = "line too long"
-                self.drop(len(self.buffer) - 4)  # nothing of it is kept, but the final dot must still be found
-                return False
-            return framed
-        chunk = bytes(self.buffer[:end])
-        self.drop(end)
-        await gathering.add(chunk)
-        return chunk.endswith(b"\r\n")
+    def _first(self, count: int) -> bytes:
+        """A copy of the first octets, made once: a slice of a bytearray would be a copy of its own."""
+        with memoryview(self.buffer) as view:
+            return bytes(view[:count])
 
     async def _more(self) -> None:
         if self.ended:

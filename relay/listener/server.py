@@ -9,9 +9,9 @@ State: one Session per connection: what has arrived, the transaction, and whethe
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, TypeVar, cast
 
 from aiosmtpd import smtp
 
@@ -31,6 +31,9 @@ IDLE_SECONDS = 300.0
 # RFC 5321 section 4.5.3.1.4 has 512 octets; extensions' parameters and UTF-8 addresses need more. Postfix allows 2048.
 _LINE_LIMIT_BYTES = 4096
 _ERRORS_LIMIT = 10
+
+# So many commands of one session are answered before others get their turn, and before it is seen that it does not read its replies.
+_COMMANDS_AT_ONCE = 256
 
 #: So long a connection that we have closed may take to get the last replies to its client; then it is cut off.
 LINGER_SECONDS = 10.0
@@ -60,6 +63,7 @@ _VRFY = Reply(252, "2.5.0", "Cannot verify, but will take mail")
 _HELP = Reply(214, "2.0.0", "EHLO HELO MAIL RCPT DATA RSET NOOP VRFY QUIT")
 
 _Verb = Callable[["Session", str], Reply]
+_T = TypeVar("_T")
 
 
 class Session(smtp.SMTP):
@@ -84,6 +88,7 @@ class Session(smtp.SMTP):
         self._admitted = False
         self._receiving = False  # DATA was answered with 354 and the final dot has not come
         self._taking: asyncio.Task[None] | None = None  # content is being received into a file, or a message is being taken
+        self._adrift = False  # within content whose end has not been found: what follows is not to be read as commands
         self._skipping = False  # the rest of a line that was too long
         self._stalled = False  # the client does not read its replies
         self._closing = False
@@ -101,7 +106,7 @@ class Session(smtp.SMTP):
         self._deadline = self.loop.time() + IDLE_SECONDS
         self._timeout_handle = self.loop.call_at(self._deadline, self._expire)
         self._door.opened(self)
-        refusal = self._door.access.enter(self._origin.client)
+        refusal = _STOPPING if self._door.stopping else self._door.access.enter(self._origin.client)
         if refusal is not None:
             self._say(self._refuse(refusal))
             self._hang_up()
@@ -141,7 +146,7 @@ class Session(smtp.SMTP):
 
     def stop(self) -> None:
         """End as soon as nothing is under way: at once when waiting for a command, else after the message at hand."""
-        if self._taking is None and not self._receiving and not self._input.buffer and not self._closing:
+        if self._taking is None and not self._receiving and not self._closing:
             self._say(_STOPPING)
             self._hang_up()
 
@@ -149,8 +154,14 @@ class Session(smtp.SMTP):
         """End now. A message that is not acknowledged yet is the client's to send again."""
         if self._taking is not None:
             self._taking.cancel()
+            self._taking.add_done_callback(self._aborted)
         if self.transport is not None:
             self.transport.abort()
+
+    def _aborted(self, _: "asyncio.Task[None]") -> None:
+        self._taking = None  # a task that was cancelled before its first step has not said so itself
+        if self.transport is None:
+            self._ended()
 
     def _expire(self) -> None:
         """One timer a session: it looks whether there was progress since it was set, and sets itself again."""
@@ -194,14 +205,16 @@ class Session(smtp.SMTP):
             if reply is None:
                 break
             replies.append(_line(reply))
-            if reply.code >= 500:
-                self._errors += 1
-                if self._errors >= _ERRORS_LIMIT:
-                    reply = _TOO_MANY_ERRORS
-                    replies.append(_line(reply))
+            if reply.code >= 500 and self._is_one_error_too_many():
+                reply = _TOO_MANY_ERRORS
+                replies.append(_line(reply))
             if reply.code in (221, 421):
                 self._write(replies)
                 self._hang_up()
+                return
+            if len(replies) >= _COMMANDS_AT_ONCE:
+                self._write(replies)
+                self.loop.call_soon(self._advance)
                 return
         self._write(replies)
         if self._input.ended and self._taking is None and not self._stalled:
@@ -210,6 +223,10 @@ class Session(smtp.SMTP):
     def _write(self, replies: list[bytes]) -> None:
         if replies and self.transport is not None:
             self.transport.write(b"".join(replies))
+
+    def _is_one_error_too_many(self) -> bool:
+        self._errors += 1
+        return self._errors >= _ERRORS_LIMIT
 
     def _say(self, reply: Reply) -> None:
         if self.transport is not None:
@@ -247,24 +264,24 @@ class Session(smtp.SMTP):
         octets = self._input.small_content()
         if octets is not None:
             self._receiving = False
-            self._begin(self._take(gathering.whole(octets)))
+            self._begin(self._take, gathering.whole(octets))
         elif self._input.overflows:
             self._receiving = False
-            self._begin(self._receive_large(gathering))
+            self._begin(self._receive_large, gathering)
         else:
             return False
         return True
 
-    def _begin(self, work: Coroutine[Any, Any, Reply]) -> None:
-        self._taking = self.loop.create_task(self._conclude(work), name=f"session {self._origin.session}")
+    def _begin(self, work: Callable[[_T], Awaitable[Reply]], argument: _T) -> None:
+        self._taking = self.loop.create_task(self._conclude(work, argument), name=f"session {self._origin.session}")
 
-    async def _conclude(self, work: Coroutine[Any, Any, Reply]) -> None:
+    async def _conclude(self, work: Callable[[_T], Awaitable[Reply]], argument: _T) -> None:
         """Answer DATA when `work` has the reply, and go on with what has arrived meanwhile."""
         reply = None
         try:
-            reply = await work
+            reply = await work(argument)
         except Disconnected:
-            pass  # nothing was promised
+            pass  # nothing was promised, and what is left of the content is nobody's
         except Exception as error:  # law 9
             self._door.journal.fault("DATA from a client", error, session=self._origin.session)
             reply = _FAULT
@@ -275,12 +292,18 @@ class Session(smtp.SMTP):
         if reply is not None:
             self._say(reply)
             self._deadline = self.loop.time() + IDLE_SECONDS
-            if reply.code >= 500:
-                self._errors += 1
+            if reply.code >= 500 and self._is_one_error_too_many():
+                self._say(_TOO_MANY_ERRORS)
+                self._hang_up()
+        if self._adrift:
+            self._hang_up()
         self._advance()
 
     async def _receive_large(self, gathering: Gathering) -> Reply:
-        return await self._take(await self._input.content(gathering))
+        self._adrift = True
+        received = await self._input.content(gathering)
+        self._adrift = False
+        return await self._take(received)
 
     async def _take(self, received: Received) -> Reply:
         transaction, self._transaction = self._transaction, None

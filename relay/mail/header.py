@@ -10,6 +10,7 @@ from binascii import Error as Base64Error
 from binascii import a2b_base64, a2b_qp
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 from relay.mail.address import AddressError, domain_of, local_of, parse_path
@@ -78,20 +79,22 @@ class Scan:
         return len(self.traces)
 
 
-def split(content: bytes) -> tuple[bytes, bytes]:
-    """Cut content into the header block, with its last line end, and the rest, beginning with the empty line.
+def block_of(content: bytes) -> bytes:
+    """The header block of content, with its last line end.
 
-    Content whose first line is no field has an empty header block, and its rest begins with that line: `separator` tells what to
-    put between. Content without an empty line is all header block. `block + rest == content`, always.
+    Content whose first line is no field has none: `separator` tells what to put between. Content without an empty line is all header
+    block.
     """
-    if content.startswith(b"\r\n"):
-        return b"", content
     if not _FIRST_LINE.match(content):
-        return b"", content
+        return b""
     end = content.find(b"\r\n\r\n")
-    if end < 0:
-        return content, b""
-    return content[: end + 2], content[end + 2 :]
+    return content if end < 0 else content[: end + 2]
+
+
+def split(content: bytes) -> tuple[bytes, bytes]:
+    """Cut content into its header block and the rest, which begins with the empty line, if there is one: `block + rest == content`."""
+    block = block_of(content)
+    return block, content[len(block) :]
 
 
 def separator(rest: bytes) -> bytes:
@@ -179,9 +182,12 @@ def from_address(values: list[bytes]) -> str:
 
     `values` are the raw values of all From fields. Also used for Sender.
     """
-    if len(values) != 1:
-        return ""
-    found = mailbox(values[0])
+    return _address_of(values[0]) if len(values) == 1 else ""
+
+
+@lru_cache(maxsize=4096)  # an app writes the same From again and again
+def _address_of(value: bytes) -> str:
+    found = mailbox(value)
     if found is None or "@" not in found.address:
         return ""
     return f"{local_of(found.address).lower()}@{domain_of(found.address)}"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 # RFC 3463 section 2; the subject and detail have at most three digits.
 _ENHANCED = re.compile(r"([245])\.([0-9]{1,3})\.([0-9]{1,3})(?:[ \t]+|$)")
 # Controls, line and paragraph separators, what reverses the direction of text, lone surrogates, which no file takes.
-_PLAIN = re.compile(rb"([2-5]\d\d)[ -](?:([245])\.(\d{1,3}\.\d{1,3}) )?([!-~](?:[ -~]{0,998}[!-~])?)")
+_PLAIN = re.compile(rb"([2-5]\d\d)[ -](?:([245])\.(\d{1,3}\.\d{1,3})(?: |$))?([!-~](?:[ -~]{0,998}[!-~])?)?")
 _UNSAFE = re.compile(r"[^\x20-\x7e\xa0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]+")
 _TEXT_LIMIT = 2000  # characters of one reply that are kept; aiosmtplib and Postfix keep less
 
@@ -50,7 +50,7 @@ def parse_reply(lines: list[bytes]) -> Reply:
         digits, klass, detail, words = plain.groups()
         if klass is None or klass == digits[:1]:
             status = f"{klass.decode()}.{detail.decode()}" if klass else ""
-            return Reply(int(digits), status, words.decode("ascii"))
+            return Reply(int(digits), status, words.decode("ascii") if words else "")
     code = 0
     enhanced = ""
     texts = []

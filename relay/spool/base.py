@@ -108,12 +108,16 @@ class Next(NamedTuple):
 
 
 class Settlement(NamedTuple):
-    """The end of one claim: an outcome for every recipient it had, what is next for those deferred, and the bounce, if any."""
+    """The end of one claim: an outcome for every recipient it had, what is next for those deferred, and the bounce, if any.
+
+    `tried`: False when the message goes elsewhere without an attempt: nothing for the delivery log, and its last reply stays.
+    """
 
     claim: Claim
     outcomes: Mapping[str, Outcome]
     next: Next | None = None
     bounce: Draft | None = None
+    tried: bool = True
 
 
 class Queued(NamedTuple):
@@ -172,6 +176,10 @@ class Spool(Protocol):
         """A place for content that is still arriving."""
         ...
 
+    def discard(self, content: Content) -> None:
+        """Throw away content that was written and will not be put."""
+        ...
+
     async def put(self, drafts: Sequence[Draft], claimed: Sequence[bool]) -> Sequence[Claim | None]:
         """Take custody of all `drafts` or none. Where `claimed` says so the draft is stored as already claimed for its first attempt.
 
@@ -192,7 +200,10 @@ class Spool(Protocol):
         ...
 
     async def next_due(self) -> Mapping[Lane, float]:
-        """When each lane that has waiting mail is due next. Held mail does not count."""
+        """When each lane that has waiting mail is due next. Held mail does not count.
+
+        Leases end here, not by themselves: what was claimed for too long waits again, in doubt.
+        """
         ...
 
     def unhealthy(self) -> str | None:

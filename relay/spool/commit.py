@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from relay.spool.base import SpoolError
+
 #: How long an operation that rides waits for company. A settle that is lost in a crash costs a duplicate, not a message.
 RIDE_SECONDS = 0.05
 
@@ -58,7 +60,7 @@ class GroupCommit:
         """Have the operation committed as soon as the thread is free."""
         operation = Operation(run, argument, self._loop.create_future())
         with self._lock:
-            self._waiting.append(operation)
+            self._admit(operation)
             self._urgent = True
             wake, self._sleeping = self._sleeping, False
         if wake:
@@ -69,7 +71,7 @@ class GroupCommit:
         """Have the operation committed with the next that is submitted, or alone after RIDE_SECONDS."""
         operation = Operation(run, argument, self._loop.create_future())
         with self._lock:
-            self._waiting.append(operation)
+            self._admit(operation)
         if self._ride_timer is None:
             self._ride_timer = self._loop.call_later(RIDE_SECONDS, self._depart)
         return operation.future
@@ -83,6 +85,11 @@ class GroupCommit:
             self._sleeping = False
         self._wake.release()
         await asyncio.to_thread(self._thread.join)
+
+    def _admit(self, operation: Operation) -> None:
+        if self._stopping:
+            raise SpoolError("the spool is closed")
+        self._waiting.append(operation)
 
     def _depart(self) -> None:
         self._ride_timer = None

@@ -27,7 +27,7 @@ class _Message:
     due: float
     attempts: int = 0
     token: int | None = None
-    lease_until: float = 0.0
+    lease_until: float = 0.0  # monotonic seconds
     held: str = ""
 
 
@@ -50,6 +50,10 @@ class MemorySpool:
 
     def writer(self) -> ContentWriter:
         return self._files.writer()
+
+    def discard(self, content: Content) -> None:
+        if content.path is not None:
+            self._files.discard(content.path)
 
     async def put(self, drafts: Sequence[Draft], claimed: Sequence[bool]) -> Sequence[Claim | None]:
         self._check_new([draft.id for draft in drafts])
@@ -89,16 +93,17 @@ class MemorySpool:
         else:
             del self._messages[claim.id]
             self._let_go(message.draft.content)
-        self.log += [_log_entry(settlement, recipient, self._clock.now()) for recipient in claim.envelope.recipients]
+        if settlement.tried:
+            self.log += [_log_entry(settlement, recipient, self._clock.now()) for recipient in claim.envelope.recipients]
 
     async def renew(self, claims: Sequence[Claim]) -> Sequence[Claim]:
-        now = self._clock.now()
+        now, until = self._clock.monotonic(), self._clock.now() + _LEASE_SECONDS
         renewed = []
         for claim in claims:
             message = self._messages.get(claim.id)
             if message is not None and message.token == claim.token and message.lease_until > now:
                 message.lease_until = now + _LEASE_SECONDS
-                renewed.append(claim._replace(lease_until=message.lease_until))
+                renewed.append(claim._replace(lease_until=until))
         return renewed
 
     async def next_due(self) -> Mapping[Lane, float]:
@@ -125,11 +130,11 @@ class MemorySpool:
         now = self._clock.now()
         message.attempts += 1
         message.token = next(self._tokens)
-        message.lease_until = now + _LEASE_SECONDS
+        message.lease_until = self._clock.monotonic() + _LEASE_SECONDS
         message.due = now + self._backoff(message.attempts)
         d = message.draft
         return Claim(
-            d.id, message.token, d.lane, d.envelope, d.content, d.created, message.attempts, message.lease_until, d.prefix, d.origin,
+            d.id, message.token, d.lane, d.envelope, d.content, d.created, message.attempts, now + _LEASE_SECONDS, d.prefix, d.origin,
             d.summary,
         )  # fmt: skip
 
@@ -149,7 +154,7 @@ class MemorySpool:
 
     def _expire(self) -> None:
         for message in self._messages.values():
-            if message.token is not None and message.lease_until <= self._clock.now():
+            if message.token is not None and message.lease_until <= self._clock.monotonic():
                 message.token = None
                 envelope = message.draft.envelope
                 doubted = tuple(r._replace(in_doubt=True) for r in envelope.recipients)

@@ -71,6 +71,8 @@ def unpack_envelope(sender: str, recipients: tuple[Recipient, ...], facts: dict[
 
 def log_rows(settlement: Settlement, number: int, now: float) -> list[tuple[object, ...]]:
     """One row of the delivery log for each recipient of the attempt."""
+    if not settlement.tried:
+        return []
     claim, outcomes = settlement.claim, settlement.outcomes
     summary = claim.summary
     text = f"[{','.join(map(_quote, summary))}]" if summary != NO_SUMMARY else ""

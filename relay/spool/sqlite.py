@@ -50,7 +50,7 @@ LEASE_SECONDS = 15 * 60
 
 #: Checkpoint when the log has grown to this many pages, or when idle. 64 MiB: a longer log means fewer pages written twice.
 _CHECKPOINT_PAGES = 16384
-_LOG_ROWS_A_SWEEP = 2000
+_LOG_ROWS_A_SWEEP = 10_000  # more than fit into the log between two checkpoints, so that it shrinks under load too
 _FREE_PAGES = 4096
 
 
@@ -59,7 +59,7 @@ _Rows = tuple[list[tuple[object, ...]], list[tuple[int, bytes]]]
 
 
 class _Lease(NamedTuple):
-    """One claim of ours: until when (seconds since the epoch), and where its content is."""
+    """One claim of ours: until when (monotonic seconds: a clock that is set forward ends no lease), and where its content is."""
 
     token: int
     until: float
@@ -97,9 +97,12 @@ class SqliteSpool:
         try:
             self._database = sql.open_database(directory / sql.DATABASE)
             self._take_over()
-        except apsw.Error as error:
+        except (apsw.Error, OSError) as error:
             self._lock.release()
             raise SpoolError(f"the spool in {directory} cannot be opened: {error}") from error
+        except SpoolError:
+            self._lock.release()
+            raise
         self._tokens = itertools.count(1)
         self._leases: dict[int, _Lease] = {}  # of the claims that this process has given out, by message
         self._retried_first = False
@@ -117,33 +120,43 @@ class SqliteSpool:
     def writer(self) -> ContentWriter:
         return self._files.writer()
 
+    def discard(self, content: Content) -> None:
+        if content.path is not None:
+            self._files.discard(content.path)
+
     async def put(self, drafts: Sequence[Draft], claimed: Sequence[bool]) -> Sequence[Claim | None]:
         contents: dict[int, tuple[int, Content]] = {}  # id(content) -> its number, and what is stored
-        for draft in drafts:
-            if id(draft.content) not in contents:
-                number, content = number_of(draft.id), draft.content
-                if content.octets is None or content.size > FILE_ABOVE_BYTES:
-                    content = await self._files.store(content, number)
-                contents[id(draft.content)] = (number, content)
+        claims: list[Claim | None] = []
+        try:
+            for draft in drafts:
+                if id(draft.content) not in contents:
+                    number, content = number_of(draft.id), draft.content
+                    if content.octets is None or content.size > FILE_ABOVE_BYTES:
+                        content = await self._files.store(content, number)
+                    contents[id(draft.content)] = (number, content)
+            await self._put_stored(drafts, claimed, contents, claims)
+        except Exception:
+            self._forget(claims)
+            if filed := [number for number, content in contents.values() if content.path is not None]:
+                self._files.remove(filed)
+            raise
+        return claims
+
+    async def _put_stored(
+        self, drafts: Sequence[Draft], claimed: Sequence[bool], contents: Mapping[int, tuple[int, Content]], claims: list[Claim | None]
+    ) -> None:  # fmt: skip
         shared = len(drafts) > len(contents)
-        rows, claims = [], []
+        rows = []
         for draft, claim in zip(drafts, claimed, strict=True):
             number, content = contents[id(draft.content)]
             token = next(self._tokens) if claim else None
             rows.append(self._row(draft, number, token, filed=content.path is not None, shared=shared))
             claims.append(self._claim_of(draft, content, token) if token is not None else None)
             if token is not None:
-                lease = _Lease(token, self._clock.now() + LEASE_SECONDS, number, content.path is not None, shared)
+                lease = _Lease(token, self._clock.monotonic() + LEASE_SECONDS, number, content.path is not None, shared)
                 self._leases[number_of(draft.id)] = lease
         blobs = [(number, content.octets) for number, content in contents.values() if content.path is None]
-        try:
-            await self._commits.submit(self._put, (rows, blobs))
-        except SpoolError:
-            self._forget(claims)
-            filed = [number for number, content in contents.values() if content.path is not None]
-            await self._files.run(lambda: self._files.remove(filed))
-            raise
-        return claims
+        await self._commits.submit(self._put, (rows, blobs))
 
     def _row(self, draft: Draft, content: int, token: int | None, *, filed: bool, shared: bool) -> tuple[object, ...]:
         envelope = draft.envelope
@@ -206,7 +219,7 @@ class SqliteSpool:
         path = self._files.path(content_number) if filed else None
         content = Content(size, octets, path, bool(facts.get("8bit")), bool(facts.get("dots")))
         claim = Claim(id_of(number), token, lane, envelope, content, created, attempts + 1, lease_until, prefix, origin, summary)
-        return claim, _Lease(token, lease_until, content_number, bool(filed), bool(shared))
+        return claim, _Lease(token, self._clock.monotonic() + LEASE_SECONDS, content_number, bool(filed), bool(shared))
 
     async def settle(self, settlement: Settlement) -> None:
         claim, outcomes, bounce = settlement.claim, settlement.outcomes, settlement.bounce
@@ -226,14 +239,15 @@ class SqliteSpool:
         try:
             if waiting:
                 await self._commits.ride(self._continue, (ending, _continuation(settlement, waiting)))
-                return
-            unneeded = await self._commits.ride(self._end, ending)
+                unneeded: list[int] = []
+            else:
+                unneeded = await self._commits.ride(self._end, ending)
         except LeaseLost:
-            self._leases.pop(number, None)
+            self._let_go(number, lease.token)
             raise
-        self._leases.pop(number, None)
+        self._let_go(number, lease.token)
         if unneeded:
-            await self._files.run(lambda: self._files.remove(unneeded))
+            self._files.remove(unneeded)
 
     def _end(self, arguments: list[_Ending]) -> list[list[int]]:
         """Remove messages that have nobody left to serve. Answers, for each, the content files that nobody needs any more."""
@@ -272,21 +286,21 @@ class SqliteSpool:
         self._insert(sql.put_log, [row for ending in endings for row in ending.log])
 
     async def renew(self, claims: Sequence[Claim]) -> Sequence[Claim]:
-        now = self._clock.now()
+        now, until = self._clock.monotonic(), self._clock.now() + LEASE_SECONDS
         renewed = []
         for claim in claims:
             lease = self._leases.get(number_of(claim.id))
             if lease is not None and lease.token == claim.token and lease.until > now:
                 self._leases[number_of(claim.id)] = lease._replace(until=now + LEASE_SECONDS)
-                renewed.append(claim._replace(lease_until=now + LEASE_SECONDS))
+                renewed.append(claim._replace(lease_until=until))
         return renewed
 
     async def next_due(self) -> Mapping[Lane, float]:
-        now = self._clock.now()
+        now = self._clock.monotonic()
         expired = [(number, lease.token) for number, lease in self._leases.items() if lease.until <= now]
-        for number, _ in expired:
-            del self._leases[number]
         due: Mapping[Lane, float] = await self._commits.submit(self._next_due, expired)
+        for number, token in expired:
+            self._let_go(number, token)
         return due
 
     def _next_due(self, arguments: list[list[tuple[int, int]]]) -> list[dict[Lane, float]]:
@@ -310,7 +324,13 @@ class SqliteSpool:
     def _forget(self, claims: Sequence[Claim | None]) -> None:
         for claim in claims:
             if claim is not None:
-                self._leases.pop(number_of(claim.id), None)
+                self._let_go(number_of(claim.id), claim.token)
+
+    def _let_go(self, number: int, token: int) -> None:
+        """Forget a lease, unless the message has been claimed again in the meantime."""
+        lease = self._leases.get(number)
+        if lease is not None and lease.token == token:
+            del self._leases[number]
 
     def _commit(self, batch: list[Operation]) -> None:
         """One transaction for the whole batch; if it fails, one for each operation, so that only the culprit has the error."""
@@ -328,7 +348,7 @@ class SqliteSpool:
             if isinstance(error, apsw.Error):
                 self._trouble = str(batch[0].error)
         if self._wal_pages > _CHECKPOINT_PAGES:
-            self._checkpoint()
+            self._housekeep()  # under load there is no idle moment for it
 
     def _transact(self, batch: list[Operation]) -> None:
         self._database.execute("BEGIN IMMEDIATE")
@@ -371,7 +391,7 @@ def _continuation(settlement: Settlement, waiting: list[Recipient]) -> tuple[obj
     then, outcomes = settlement.next, settlement.outcomes
     assert then is not None, "a deferred recipient has a next time"
     kept = [r._replace(in_doubt=r.in_doubt or outcomes[r.address].in_doubt) for r in waiting]
-    reply = str(outcomes[waiting[-1].address].reply)
+    reply = str(outcomes[waiting[-1].address].reply) if settlement.tried else None
     return (*then.lane, then.when, 0 if then.counted else 1, then.held, pack_recipients(kept), reply)
 
 

@@ -98,11 +98,11 @@ def _tuples(count: int, width: int) -> str:
 
 
 CONTINUE = """UPDATE message SET token = NULL, upstream = ?, route = ?, due = ?, attempts = attempts - ?, held = ?, recipients = ?,
-    doubt = 0, reply = ? WHERE id = ? AND token = ?"""
+    doubt = 0, reply = ifnull(?, reply) WHERE id = ? AND token = ?"""
 CLAIMABLE = """SELECT id, content, filed, shared, attempts, doubt, created, sender, recipients, facts, prefix, size FROM message
     WHERE upstream = ? AND route = ? AND (attempts > 0) = ? AND due <= ? AND token IS NULL AND held = '' ORDER BY due LIMIT ?"""
 CLAIM = "UPDATE message SET token = ?, attempts = attempts + 1, due = ? WHERE id = ?"
-QUARANTINE = "UPDATE message SET held = ? WHERE id = ?"
+QUARANTINE = "UPDATE message SET held = ?, token = NULL WHERE id = ?"
 EXPIRE = "UPDATE message SET token = NULL, doubt = 1 WHERE id = ? AND token = ?"
 NEXT_DUE = "SELECT upstream, route, min(due) FROM message WHERE token IS NULL AND held = '' GROUP BY upstream, route"
 FORGET_LOG = "DELETE FROM log WHERE number IN (SELECT number FROM (SELECT number, time FROM log ORDER BY number LIMIT ?2) WHERE time < ?1)"
@@ -114,7 +114,8 @@ CONTENT = "SELECT octets FROM content WHERE id = ?"
 
 def open_database(path: Path) -> apsw.Connection:
     """Open or create the database. Raises SpoolError for a schema newer than this relay."""
-    new = not path.exists()
+    path.touch(mode=0o600)  # SQLite gives its other files the same mode
+    new = path.stat().st_size == 0
     database = apsw.Connection(str(path), statementcachesize=8 * ROWS_A_STATEMENT)
     database.set_busy_timeout(10_000)  # a reader that recovers the log after a crash holds it for a moment
     if new:

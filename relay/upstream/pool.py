@@ -3,7 +3,7 @@
 Sessions are shared by nobody but the messages of one upstream: two tenants on the same host never meet (law 6). How many may be used
 at once is the scheduler's business; the pool keeps what it is given back and closes what has been idle for too long.
 
-State: the idle sessions by upstream name, newest last.
+State: the idle sessions by upstream name, newest last, and those that have been let go and whose connection is not closed yet.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from relay.upstream.transaction import Outgoing, Stale
 #: Shorter than any large provider's own patience with an idle client, so that we are the one who says QUIT.
 IDLE_SECONDS = 20.0
 _SWEEP_SECONDS = 5.0
+_LEAVE_SECONDS = 1.0  # at the end of the program, for the answer to QUIT
 
 
 @dataclass(slots=True)
@@ -37,7 +38,9 @@ class Pool:
         self._clock = clock
         self._contexts = Contexts()
         self._idle: dict[str, list[_Idle]] = {}
+        self._leaving: set[Session] = set()
         self._sweeper: asyncio.TimerHandle | None = None
+        self._closed = False
 
     async def send(self, name: str, message: Outgoing) -> list[Outcome]:
         """Send `message` to the upstream called `name`: one outcome per recipient, in their order. Never raises for the other side."""
@@ -48,7 +51,7 @@ class Pool:
                 try:
                     return await session.send(message)
                 except Stale:
-                    session.quit()
+                    self._dismiss(session)
             session = await self._open(upstream)
             return await session.send(message)
         except CannotOpen as error:
@@ -59,13 +62,20 @@ class Pool:
                 self._give_back(name, session)
 
     async def close(self) -> None:
-        """Say QUIT everywhere."""
+        """Say QUIT everywhere and wait a moment for the answers."""
+        self._closed = True
         if self._sweeper is not None:
             self._sweeper.cancel()
         for sessions in self._idle.values():
             for idle in sessions:
-                idle.session.quit()
+                self._dismiss(idle.session)
         self._idle.clear()
+        if self._leaving:
+            await asyncio.wait([session.ended for session in self._leaving], timeout=_LEAVE_SECONDS)
+        for session in self._leaving:
+            session.cut()
+        if self._leaving:
+            await asyncio.wait([session.ended for session in self._leaving], timeout=_LEAVE_SECONDS)
 
     async def _open(self, upstream: Upstream) -> Session:
         """A session to the first host that takes us. A refused credential is not tried on the next host. Raises CannotOpen."""
@@ -83,16 +93,23 @@ class Pool:
             session = sessions.pop().session
             if session.usable:
                 return session
-            session.quit()
+            self._dismiss(session)
         return None
 
     def _give_back(self, name: str, session: Session) -> None:
-        if not session.usable:
-            session.quit()
+        if self._closed or not session.usable:
+            self._dismiss(session)
             return
         self._idle.setdefault(name, []).append(_Idle(session, self._clock.monotonic()))
         if self._sweeper is None:
             self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep)
+
+    def _dismiss(self, session: Session) -> None:
+        """Let a session go; it is remembered until its connection is closed."""
+        session.quit()
+        if not session.ended.done():
+            self._leaving.add(session)
+            session.ended.add_done_callback(lambda _: self._leaving.discard(session))
 
     def _sweep(self) -> None:
         """Close what has been idle for too long; the oldest are in front."""
@@ -100,7 +117,7 @@ class Pool:
         deadline = self._clock.monotonic() - IDLE_SECONDS
         for name, sessions in list(self._idle.items()):
             while sessions and (sessions[0].since <= deadline or not sessions[0].session.usable):
-                sessions.pop(0).session.quit()
+                self._dismiss(sessions.pop(0).session)
             if not sessions:
                 del self._idle[name]
         if self._idle:

@@ -7,8 +7,10 @@ State: the wire, what the upstream offers, how many messages it has carried.
 """
 
 import asyncio
+import os
 import socket
 import ssl
+from base64 import b64encode
 from collections.abc import Awaitable
 from typing import NoReturn, cast
 
@@ -57,12 +59,21 @@ class Session:
         self.messages += 1
         return outcomes
 
+    @property
+    def ended(self) -> asyncio.Future[None]:
+        """Done when the connection is closed."""
+        return self._wire.ended
+
     def quit(self) -> None:
         """End the session politely if it is in step, at once if not."""
         if self._botched:
-            self._wire.close()
+            self.cut()
         else:
             self._wire.quit(timeout_seconds=_QUIT_SECONDS)
+
+    def cut(self) -> None:
+        """End the session at once."""
+        self._wire.close()
 
 
 async def open_session(upstream: Upstream, host: str, *, ehlo: str, contexts: Contexts) -> Session:
@@ -83,15 +94,17 @@ async def open_session(upstream: Upstream, host: str, *, ehlo: str, contexts: Co
     )
     try:
         await _connect(client, host, upstream)
-        await _greet(client, upstream)
+        await _greet(client, host, upstream)
         if upstream.security == "starttls":
             await _start_tls(client, host, upstream, context)
-        await _authenticate(client, upstream)
+        await _authenticate(client, host, upstream)
+        transport = client.transport
+        if transport is None or transport.is_closing():  # it left between its last reply and now
+            _fail(Phase.EHLO, Failure.CLOSED, f"{host}:{upstream.port} closed the connection before the first message")
     except BaseException:
         client.close()
         raise
-    transport = cast(asyncio.Transport, client.transport)
-    return Session(Wire(transport), _offer(client), upstream)
+    return Session(Wire(cast(asyncio.Transport, transport)), _offer(client), upstream)
 
 
 async def _connect(client: aiosmtplib.SMTP, host: str, upstream: Upstream) -> None:
@@ -116,17 +129,17 @@ async def _connect(client: aiosmtplib.SMTP, host: str, upstream: Upstream) -> No
         _fail(Phase.RESOLVE, Failure.UNREACHABLE, f"the name {host} cannot be used: {error}")
 
 
-async def _greet(client: aiosmtplib.SMTP, upstream: Upstream) -> None:
+async def _greet(client: aiosmtplib.SMTP, host: str, upstream: Upstream) -> None:
     """EHLO, or HELO where nothing that needs EHLO is asked for (RFC 5321 section 3.2)."""
     timeout = upstream.timeouts.command
     try:
         await client.ehlo(timeout=timeout)
     except aiosmtplib.SMTPHeloError as error:
         if error.code not in (500, 502, 504) or upstream.security == "starttls" or _logs_in(upstream):
-            _refuse(Phase.EHLO, error, upstream.host[0])
-        await _step(Phase.EHLO, client.helo(timeout=timeout), upstream)
+            _refuse(Phase.EHLO, error, host)
+        await _step(Phase.EHLO, client.helo(timeout=timeout), host, upstream)
     except (aiosmtplib.SMTPException, OSError) as error:
-        _translate(Phase.EHLO, error, upstream)
+        _translate(Phase.EHLO, error, host, upstream)
 
 
 async def _start_tls(client: aiosmtplib.SMTP, host: str, upstream: Upstream, context: ssl.SSLContext | None) -> None:
@@ -137,11 +150,12 @@ async def _start_tls(client: aiosmtplib.SMTP, host: str, upstream: Upstream, con
     except ssl.SSLError as error:
         _fail(Phase.TLS, Failure.UNTRUSTED, f"TLS with {host}:{upstream.port} failed: {_tls_reason(error)}")
     except (aiosmtplib.SMTPException, OSError) as error:
-        _translate(Phase.STARTTLS, error, upstream)
-    await _step(Phase.EHLO, client.ehlo(timeout=upstream.timeouts.command), upstream)
+        # The library says of its own words which of the two steps it was.
+        _translate(Phase.TLS if "upgrading transport" in str(error) else Phase.STARTTLS, error, host, upstream)
+    await _step(Phase.EHLO, client.ehlo(timeout=upstream.timeouts.command), host, upstream)
 
 
-async def _authenticate(client: aiosmtplib.SMTP, upstream: Upstream) -> None:
+async def _authenticate(client: aiosmtplib.SMTP, host: str, upstream: Upstream) -> None:
     if not _logs_in(upstream):
         return
     assert upstream.username is not None and upstream.password is not None, "the configuration has both or none"
@@ -153,19 +167,31 @@ async def _authenticate(client: aiosmtplib.SMTP, upstream: Upstream) -> None:
         text = f"none of {', '.join(wanted)} is offered for the login (offered: {', '.join(offered) or 'nothing'})"
         _fail(Phase.AUTH, Failure.LACKING, text)
     login = known[chosen](upstream.username, upstream.password.reveal(), timeout=upstream.timeouts.command)
-    await _step(Phase.AUTH, login, upstream)
+    try:
+        await _step(Phase.AUTH, login, host, upstream)
+    except CannotOpen as error:
+        reply = error.outcome.reply
+        raise CannotOpen(error.outcome._replace(reply=reply._replace(text=_without_secret(reply.text, upstream)))) from None
 
 
-async def _step(phase: Phase, work: Awaitable[object], upstream: Upstream) -> None:
+def _without_secret(text: str, upstream: Upstream) -> str:
+    """What an upstream said to a login: a few repeat the line they did not like, and the log is no place for it."""
+    assert upstream.username is not None and upstream.password is not None, "the configuration has both or none"
+    user, secret = upstream.username, upstream.password.reveal()
+    for told in (b64encode(f"\0{user}\0{secret}".encode()).decode(), b64encode(secret.encode()).decode(), secret):
+        text = text.replace(told, "(secret)") if told else text
+    return text
+
+
+async def _step(phase: Phase, work: Awaitable[object], host: str, upstream: Upstream) -> None:
     try:
         await work
     except (aiosmtplib.SMTPException, OSError) as error:
-        _translate(phase, error, upstream)
+        _translate(phase, error, host, upstream)
 
 
-def _translate(phase: Phase, error: Exception, upstream: Upstream) -> NoReturn:
+def _translate(phase: Phase, error: Exception, host: str, upstream: Upstream) -> NoReturn:
     """The library's error, raised in `phase`, in our words."""
-    host = upstream.host[0]
     if isinstance(error, aiosmtplib.SMTPResponseException):
         _refuse(phase, error, host)
     if isinstance(error, TimeoutError):
@@ -214,4 +240,6 @@ def _tls_reason(error: ssl.SSLError) -> str:
 
 
 def _os_reason(error: BaseException) -> str:
-    return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or type(error).__name__
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)  # the loops put the address into their own `strerror`, each in another way
+    return str(error) or type(error).__name__

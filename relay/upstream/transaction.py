@@ -4,12 +4,13 @@ MAIL, RCPT… and DATA go in one flight where the upstream offers PIPELINING (RF
 mean is decided in `mail.outcome`.
 """
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from typing import NamedTuple
 
 from relay.config.model import Timeouts
 from relay.mail.content import stuff
-from relay.mail.outcome import Failure, Outcome, Phase, Status, outcome_of_failure, outcome_of_reply
+from relay.mail.outcome import Failure, Outcome, Phase, outcome_of_failure, outcome_of_reply
 from relay.mail.reply import MalformedReply, Reply, parse_reply
 from relay.upstream.wire import Broken, Lines, Wire
 
@@ -25,7 +26,7 @@ class Outgoing(NamedTuple):
     recipients: Sequence[str]
     octets: bytes
     size: int
-    rest: Callable[[], AsyncIterator[bytes]] | None = None
+    rest: Callable[[], AsyncGenerator[bytes, None]] | None = None
     eight_bit: bool = False
     smtputf8: bool = False
     dotted: bool = True
@@ -99,14 +100,21 @@ class Transaction:
         try:
             await (self._pipeline if self._offer.pipelining else self._converse)(commands, replies, reset=reset)
         except Broken:
-            if reused and len(replies) <= int(reset):
+            if reused and self._stale(replies, reset=reset):
                 raise Stale from None
             self._judge(replies, reset=reset)
             raise
-        if reused and replies[0][-1].startswith(b"421"):
+        if reused and self._stale(replies, reset=reset):
             raise Stale
         self._judge(replies, reset=reset)
         return self._go_ahead(replies, len(commands))
+
+    def _stale(self, replies: list[Lines], *, reset: bool) -> bool:
+        """Whether the session was over before this MAIL: it has no reply, or a 421 that is no request to slow down."""
+        if len(replies) <= int(reset) or (reset and not replies[0][-1].startswith(b"2")):
+            return True
+        mail = replies[int(reset)]
+        return mail[-1].startswith(b"421") and not outcome_of_reply(Phase.MAIL, parse_reply(mail)).throttled
 
     async def _pipeline(self, commands: list[bytes], replies: list[Lines], *, reset: bool) -> None:
         """All in one flight."""
@@ -123,7 +131,7 @@ class Transaction:
             self._phase = self._phase_of(number, len(commands), reset=reset)
             self._wire.write(command)
             replies += await self._wire.replies(1, timeout_seconds=self._timeouts.command)
-            if number == int(reset) and not replies[-1][-1].startswith(b"2"):
+            if number <= int(reset) and not replies[-1][-1].startswith(b"2"):
                 return
 
     def _mail(self) -> bytes:
@@ -144,12 +152,17 @@ class Transaction:
         """Give every recipient that MAIL's or its own reply speaks against its outcome."""
         envelope = replies[int(reset) : int(reset) + 1 + len(self._outcomes)]
         for number, lines in enumerate(envelope):
-            if len(lines) == 1 and lines[0][:3] == b"250":
+            if len(lines) == 1 and lines[0][:4] in (b"250 ", b"250"):
                 continue
-            reply = parse_reply(lines)
+            phase = Phase.RCPT if number else Phase.MAIL
+            try:
+                reply = parse_reply(lines)
+            except MalformedReply:
+                self._phase = phase
+                raise
             if reply.positive:
                 continue
-            outcome = outcome_of_reply(Phase.RCPT if number else Phase.MAIL, reply)
+            outcome = outcome_of_reply(phase, reply)
             if number == 0:
                 self._fill(outcome)
             elif self._outcomes[number - 1] is None:
@@ -165,8 +178,6 @@ class Transaction:
         self._phase = Phase.DATA
         data = parse_reply(replies[-1])
         if refused:
-            if data.code == 354:  # it waits for content that nobody shall get: there is no clean way back
-                self.botched = True
             self._note(data)
             return False
         if data.code != 354:
@@ -186,22 +197,28 @@ class Transaction:
     async def _content(self) -> None:
         message = self._message
         self._phase = Phase.CONTENT
+        if self._wire.lost is not None:
+            raise self._wire.lost
         if message.rest is None:
             # The dot goes in the same write as the content: apart, Nagle and delayed ACK cost 40 ms a message.
             octets = stuff(message.octets) if message.dotted else message.octets
-            self._wire.write(octets + b".\r\n")
-        elif not await self._wire.send(_stuffed(message.octets, message.rest()), timeout_seconds=self._timeouts.data):
-            self.botched = True  # it answered in the middle: what it will do with the rest is anybody's guess
-            reply = parse_reply((await self._wire.replies(1, timeout_seconds=self._timeouts.command))[0])
-            self._fill(outcome_of_reply(Phase.CONTENT, reply))
-            return
+            self._wire.write(octets, b".\r\n")
+        else:
+            async with aclosing(message.rest()) as rest, aclosing(_stuffed(message.octets, rest)) as slices:
+                done = await self._wire.send(slices, timeout_seconds=self._timeouts.data)
+            if not done:
+                self.botched = True  # it answered in the middle: what it will do with the rest is anybody's guess
+                reply = parse_reply((await self._wire.replies(1, timeout_seconds=self._timeouts.command))[0])
+                self._fill(outcome_of_reply(Phase.CONTENT, reply))
+                return
         self._phase = Phase.FINAL
         reply = parse_reply((await self._wire.replies(1, timeout_seconds=self._timeouts.final))[0])
         self._fill(outcome_of_reply(Phase.FINAL, reply))
         self._note(reply)
 
     def _note(self, reply: Reply) -> None:
-        if reply.code == 421:  # RFC 5321 section 3.8: it closes the channel
+        """421 closes the channel (RFC 5321 section 3.8); a 3xx waits for something that it will not get."""
+        if reply.code == 421 or 300 <= reply.code < 400:
             self.botched = True
 
     def _fill(self, outcome: Outcome | None) -> list[Outcome]:
@@ -220,19 +237,13 @@ _MOMENT = {
 }
 
 
-def any_taken(outcomes: Sequence[Outcome]) -> bool:
-    """Whether at least one recipient was sent to."""
-    return any(outcome.status is Status.SENT for outcome in outcomes)
+async def _stuffed(head: bytes, rest: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """Head and rest dot-stuffed, and the final dot in one slice with the last octets.
 
-
-async def _stuffed(head: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Head and rest dot-stuffed, cut between lines, and the final dot in one slice with the last octets."""
-    carried = head
+    A slice may end anywhere, also between CR, LF and a dot: the last two octets before it decide what its first ones mean.
+    """
+    before, held = b"\r\n", head
     async for octets in rest:
-        end = octets.rfind(b"\n") + 1
-        if end:
-            yield stuff(carried + octets[:end])
-            carried = octets[end:]
-        else:
-            carried += octets
-    yield stuff(carried) + b".\r\n"
+        yield (before + held).replace(b"\r\n.", b"\r\n..")[len(before) :]
+        before, held = (before + held)[-2:], octets
+    yield (before + held).replace(b"\r\n.", b"\r\n..")[len(before) :] + b".\r\n"

@@ -39,19 +39,24 @@ class Wire(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._lost: Broken | None = None
         self._paused = False
+        self._patience_seconds = 0.0
+        self._unsent_bytes = 0
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self.ended: asyncio.Future[None] = self._loop.create_future()  # done when the transport is closed
         transport.set_protocol(self)
 
     @property
     def lost(self) -> Broken | None:
-        """Why the connection cannot be used any more, or None. Something that arrives unasked ends it too."""
-        if self._lost is None and (self._replies or self._lines or self._rest) and self._waiter is None:
-            return Broken(Failure.CLOSED, "the upstream spoke without being asked")
+        """Why the connection cannot be used any more, or None. What arrives unasked ends it, too."""
         return self._lost
 
-    def write(self, octets: bytes) -> None:
-        self._transport.write(octets)
+    def write(self, *octets: bytes) -> None:
+        """Hand octets to the transport, all in one go."""
+        if len(octets) == 1:
+            self._transport.write(octets[0])
+        else:
+            self._transport.writelines(octets)
 
     async def replies(self, count: int, *, timeout_seconds: float) -> list[Lines]:
         """The next `count` replies, or as many as arrived before the connection ended, if at least one did.
@@ -65,6 +70,7 @@ class Wire(asyncio.Protocol):
             assert self._lost is not None, "the waiter ends with replies or a reason"
             raise self._lost
         taken, self._replies = self._replies[:count], self._replies[count:]
+        self._wanted = count - len(taken)
         return taken
 
     async def send(self, slices: AsyncIterator[bytes], *, timeout_seconds: float) -> bool:
@@ -75,7 +81,7 @@ class Wire(asyncio.Protocol):
         self._wanted = 1
         async for octets in slices:
             while self._paused and not self._replies and self._lost is None:
-                await self._wait(timeout_seconds)
+                await self._wait(timeout_seconds, unsent_bytes=self._transport.get_write_buffer_size())
             if self._replies:
                 return False
             if self._lost is not None:
@@ -83,7 +89,9 @@ class Wire(asyncio.Protocol):
             self._transport.write(octets)
         return True
 
-    async def _wait(self, timeout_seconds: float) -> None:
+    async def _wait(self, timeout_seconds: float, *, unsent_bytes: int = 0) -> None:
+        """Until released, or `timeout_seconds` without another reply or, where octets were unsent, without any of them going out."""
+        self._patience_seconds, self._unsent_bytes = timeout_seconds, unsent_bytes
         self._deadline = self._loop.time() + timeout_seconds
         if self._timer is None or self._timer.when() > self._deadline:
             self._set_timer()
@@ -98,19 +106,24 @@ class Wire(asyncio.Protocol):
         if self._lost is None:
             self._lost = Broken(Failure.CLOSED, "closed by us")
             self._transport.write(b"QUIT\r\n")
-            self._loop.call_later(timeout_seconds, self._transport.abort)
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_later(timeout_seconds, self._abort)
 
     def close(self) -> None:
         """End the connection at once: what is on it is not in step any more."""
         if self._lost is None:
             self._lost = Broken(Failure.CLOSED, "closed by us")
-        self._transport.abort()
+        self._abort()
 
     # -- asyncio.Protocol -------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         if self._lost is not None:  # the answer to QUIT, or an end that was already noticed
             self._transport.close()
+            return
+        if not self._wanted:
+            self._break_off(Broken(Failure.CLOSED, "the upstream spoke without being asked"))
             return
         lines = (self._rest + data if self._rest else data).split(b"\n")
         self._rest = lines.pop()
@@ -120,10 +133,13 @@ class Wire(asyncio.Protocol):
                 self._replies.append(self._lines)
                 self._lines = []
         if len(self._rest) + sum(map(len, self._lines)) > _REPLY_LIMIT_BYTES:
-            self._end(Broken(Failure.NONSENSE, f"a reply of more than {_REPLY_LIMIT_BYTES} octets"))
-            self._transport.abort()
-        elif self._waiter is not None and len(self._replies) >= self._wanted:
+            self._break_off(Broken(Failure.NONSENSE, f"a reply of more than {_REPLY_LIMIT_BYTES} octets"))
+        elif len(self._replies) >= self._wanted:
+            if len(self._replies) > self._wanted or self._lines or self._rest:
+                self._break_off(Broken(Failure.CLOSED, "the upstream said more than it was asked"))
             self._release()
+        else:
+            self._deadline = self._loop.time() + self._patience_seconds
 
     def eof_received(self) -> bool:
         self._end(Broken(Failure.CLOSED, "the upstream closed the connection"))
@@ -133,6 +149,8 @@ class Wire(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._end(Broken(Failure.CLOSED, f"connection lost: {exc}" if exc else "the upstream closed the connection"))
+        if not self.ended.done():
+            self.ended.set_result(None)
 
     def pause_writing(self) -> None:
         self._paused = True
@@ -151,11 +169,22 @@ class Wire(asyncio.Protocol):
         self._timer = None
         if self._waiter is None:
             return
+        unsent_bytes = self._transport.get_write_buffer_size() if self._unsent_bytes else 0
+        if unsent_bytes < self._unsent_bytes:
+            self._unsent_bytes = unsent_bytes
+            self._deadline = self._loop.time() + self._patience_seconds
         if self._loop.time() < self._deadline:
             self._set_timer()
-            return
-        self._end(Broken(Failure.TIMEOUT, "no answer in time"))
-        self._transport.abort()
+        else:
+            self._break_off(Broken(Failure.TIMEOUT, f"no answer within {self._patience_seconds:g} s"))
+
+    def _break_off(self, reason: Broken) -> None:
+        self._end(reason)
+        self._abort()
+
+    def _abort(self) -> None:
+        if not self.ended.done():  # asyncio's transports fail when they are aborted after their end
+            self._transport.abort()
 
     def _end(self, reason: Broken) -> None:
         if self._lost is None:

@@ -1,0 +1,401 @@
+"""One attempt: matched again, rewritten, asked for permission, sent in as many transactions as it takes, one outcome for each recipient."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relay.clock import ManualClock
+from relay.config.model import Config
+from relay.delivery.attempt import Attempts, Result
+from relay.mail.envelope import Origin, Recipient
+from relay.mail.outcome import Failure, Outcome, Phase, Scope, Status, outcome_of_failure, outcome_of_reply
+from relay.mail.reply import Reply
+from relay.routing import Router
+from relay.spool.base import Claim, Content, Lane, Next
+from tests.unit.delivery import CONTENT, PREFIX, SENT, FakePool, Log, claim_of, config_of
+
+REFUSED = outcome_of_reply(Phase.RCPT, Reply(550, "5.1.1", "nobody here"))
+GREYLISTED = outcome_of_reply(Phase.RCPT, Reply(450, "4.2.0", "later"))
+TOO_MANY = outcome_of_reply(Phase.RCPT, Reply(452, "4.5.3", "too many"))
+DOWN = outcome_of_failure(Phase.CONNECT, Failure.UNREACHABLE, "refused")
+CLOSED = outcome_of_failure(Phase.DATA, Failure.CLOSED, "gone")
+LOST = outcome_of_failure(Phase.FINAL, Failure.TIMEOUT, "no reply")
+LOGIN_REFUSED = outcome_of_reply(Phase.AUTH, Reply(535, "5.7.8", "wrong"))
+FORBIDDEN = outcome_of_reply(Phase.MAIL, Reply(550, "5.7.1", "not you"))
+MEBIBYTE = 1024 * 1024
+
+
+class Bench:
+    """Attempts over a fake pool, with the journal to read."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.clock = ManualClock()
+        self.pool = FakePool()
+
+    async def send(
+        self,
+        claim: Claim,
+        config: Config | None = None,
+        *,
+        fresh: bool = False,
+        answer: Callable[[str, list[str]], Sequence[Outcome]] | None = None,
+    ) -> Result:
+        setup = config or config_of()
+        self.pool = FakePool(answer)
+        return await Attempts(setup, Router(setup), self.pool, self.log.journal, self.clock).send(claim, fresh=fresh)
+
+    async def wire(self, claim: Claim, config: Config | None = None) -> bytes:
+        """The octets of the one transaction that the claim makes."""
+        result = await self.send(claim, config)
+        assert result.moved is None, result.moved
+        (handed,) = self.pool.handed
+        assert handed.message.size == len(handed.octets)
+        return handed.octets
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    log = Log(tmp_path, ManualClock())
+    yield Bench(log)
+    log.text()
+
+
+def held(result: Result) -> str:
+    assert result.moved is not None
+    assert not result.moved.counted
+    assert all(o.status is Status.DEFERRED and not o.in_doubt for o in result.outcomes.values())
+    return result.moved.held
+
+
+# -- what goes out ---------------------------------------------------------------------------------------------------------
+
+
+async def test_the_upstream_gets_our_fields_then_the_content_without_its_hidden_ones(bench: Bench) -> None:
+    claim = claim_of(content=b"Return-Path: <x@y.example>\r\n" + CONTENT)
+    assert await bench.wire(claim) == PREFIX + b"From: App <app@acme.example>\r\nSubject: hi\r\n\r\nhello\r\n"
+    message = bench.pool.handed[0].message
+    assert (message.sender, message.recipients, message.eight_bit, message.smtputf8) == (
+        "app@acme.example",
+        ["you@example.org"],
+        False,
+        False,
+    )
+
+
+async def test_content_without_a_header_gets_one(bench: Bench) -> None:
+    assert await bench.wire(claim_of(content=b"just text\r\n")) == PREFIX + b"\r\njust text\r\n"
+    assert await bench.wire(claim_of(content=b"")) == PREFIX
+
+
+@pytest.mark.parametrize("size", [0, 1, 1024 * 1024 + 64 * 1024, 1024 * 1024 + 64 * 1024 + 1, 3 * MEBIBYTE])
+async def test_content_in_a_file_goes_out_like_content_in_memory(bench: Bench, tmp_path: Path, size: int) -> None:
+    octets = CONTENT + b"x" * size
+    path = tmp_path / "content"
+    path.write_bytes(octets)
+    claim = claim_of(content=Content(len(octets), None, path))
+    wire = await bench.wire(claim)
+    assert wire == PREFIX + octets.replace(b"Bcc: secret@example.org\r\n", b"")
+    assert (bench.pool.handed[0].message.rest is not None) == (len(octets) > MEBIBYTE + 64 * 1024)
+
+
+REWRITE: dict[str, Any] = {
+    "from": "Acme <no-reply@acme.example>",
+    "reply_to": "original",
+    "envelope_sender": "bounces@acme.example",
+    "subject_prefix": "[acme] ",
+}
+
+
+def rewriting(rewrite: dict[str, Any] = REWRITE, *, fallback: list[Any] | None = None, **more: Any) -> Config:
+    return config_of(
+        [{"name": "acme", "sender": "acme.example", "upstream": "acme", "rewrite": rewrite, "fallback": fallback or ["house"]}], **more
+    )
+
+
+async def test_the_route_rewrites_header_and_envelope_sender(bench: Bench) -> None:
+    assert await bench.wire(claim_of(), rewriting()) == (
+        PREFIX + b"From: Acme <no-reply@acme.example>\r\nSubject: [acme] hi\r\nReply-To: App <app@acme.example>\r\n\r\nhello\r\n"
+    )
+    assert bench.pool.handed[0].message.sender == "bounces@acme.example"
+
+
+async def test_a_fallback_lays_its_own_rules_over_those_of_the_route(bench: Bench) -> None:
+    setup = rewriting(fallback=[{"upstream": "house", "rewrite": {"from": "via@house.example", "envelope_sender": "b@house.example"}}])
+    octets = await bench.wire(claim_of(lane=Lane("house", "acme")), setup)
+    assert b"From: App <via@house.example>\r\n" in octets or b"From: via@house.example\r\n" in octets
+    assert b"Subject: [acme] hi\r\n" in octets
+    assert bench.pool.handed[0].message.sender == "b@house.example"
+
+
+async def test_a_null_sender_stays_null_unless_the_upstream_wants_an_address_instead(bench: Bench) -> None:
+    claim = claim_of(sender="", origin=Origin(header_from="app@acme.example"))
+    await bench.send(claim, rewriting())
+    assert bench.pool.handed[0].message.sender == ""
+    await bench.send(claim, rewriting(upstreams={"acme": {"null_sender": "null@acme.example"}}))
+    assert bench.pool.handed[0].message.sender == "null@acme.example"
+    await bench.send(claim_of(), config_of(upstreams={"acme": {"null_sender": "null@acme.example"}}))
+    assert bench.pool.handed[0].message.sender == "app@acme.example"
+
+
+REPORT = b"From: Mail Delivery System <MAILER-DAEMON@acme.example>\r\nSubject: Undelivered\r\n\r\nsorry\r\n"
+REPORTED = {"sender": "", "prefix": b"", "content": REPORT, "origin": Origin(header_from="app@acme.example")}
+
+
+async def test_a_bounce_of_ours_is_not_rewritten(bench: Bench) -> None:
+    assert await bench.wire(claim_of("app@acme.example", **REPORTED), rewriting()) == REPORT
+    assert bench.pool.handed[0].message.sender == ""
+
+
+async def test_a_bounce_of_ours_gets_a_fallbacks_from_and_nothing_else(bench: Bench) -> None:
+    over = {"from": "Acme via House <no-reply@house.example>", "subject_prefix": "[house] ", "reply_to": "original"}
+    setup = rewriting(fallback=[{"upstream": "house", "rewrite": over}, "spare"])
+    expected = REPORT.replace(b"Mail Delivery System <MAILER-DAEMON@acme.example>", b"Acme via House <no-reply@house.example>")
+    assert await bench.wire(claim_of("app@acme.example", lane=Lane("house", "acme"), **REPORTED), setup) == expected
+    assert await bench.wire(claim_of("app@acme.example", lane=Lane("spare", "acme"), **REPORTED), setup) == REPORT
+
+
+@pytest.mark.parametrize(
+    ("claim", "eight_bit", "smtputf8"),
+    [
+        (claim_of(content=CONTENT + "ü\r\n".encode()), True, False),
+        (claim_of("bücher@example.org"), False, True),
+        (claim_of(sender="jürgen@acme.example"), False, True),
+    ],
+)
+async def test_the_message_says_what_it_needs(bench: Bench, claim: Claim, eight_bit: bool, smtputf8: bool) -> None:
+    await bench.send(claim)
+    message = bench.pool.handed[0].message
+    assert (message.eight_bit, message.smtputf8) == (eight_bit, smtputf8)
+
+
+async def test_a_rewrite_with_a_dot_line_is_seen(bench: Bench) -> None:
+    plain = Content(len(CONTENT), CONTENT, dotted=False)
+    await bench.send(claim_of(content=plain))
+    assert not bench.pool.handed[0].message.dotted
+    await bench.send(claim_of(content=plain._replace(dotted=True)))
+    assert bench.pool.handed[0].message.dotted
+
+
+# -- where it goes ---------------------------------------------------------------------------------------------------------
+
+
+async def test_fresh_mail_goes_where_it_was_just_routed(bench: Bench) -> None:
+    result = await bench.send(claim_of(lane=Lane("globex", "globex")), fresh=True)
+    assert result == Result({"you@example.org": SENT}, None, CONTENT[: CONTENT.index(b"\r\n\r\n") + 2])
+
+
+@pytest.mark.parametrize("upstream", ["acme", "spare", "house"])
+async def test_queued_mail_stays_at_any_upstream_of_its_route(bench: Bench, upstream: str) -> None:
+    await bench.send(claim_of(lane=Lane(upstream, "acme")))
+    assert [handed.upstream for handed in bench.pool.handed] == [upstream]
+
+
+@pytest.mark.parametrize(
+    ("lane", "goes_to"),
+    [
+        (Lane("globex", "globex"), Lane("acme", "acme")),
+        (Lane("acme", "an-older-name"), Lane("acme", "acme")),
+        (Lane("house", "an-older-name"), Lane("house", "acme")),
+        (Lane("globex", "acme"), Lane("acme", "acme")),
+        (Lane("no-such-upstream", "acme"), Lane("acme", "acme")),
+        (Lane("no-such-upstream", "no-such-route"), Lane("acme", "acme")),
+    ],
+)
+async def test_queued_mail_of_another_route_moves_there_uncounted_and_untried(bench: Bench, lane: Lane, goes_to: Lane) -> None:
+    result = await bench.send(claim_of(lane=lane))
+    assert result.moved == Next(bench.clock.now(), goes_to, counted=False)
+    assert not bench.pool.handed
+    assert all(o.status is Status.DEFERRED and not o.in_doubt for o in result.outcomes.values())
+
+
+@pytest.mark.parametrize(
+    ("claim", "routes", "reason"),
+    [
+        (claim_of(sender="who@unknown.example"), None, "no route takes its sender any more"),
+        (claim_of(), [{"name": "acme", "sender": "acme.example", "reject": "not ours"}], "route acme now rejects it: not ours"),
+        (
+            claim_of("a@partner.example", "b@example.org"),
+            [{"name": "partner", "recipient": "partner.example", "upstream": "house"}, {"name": "acme", "upstream": "acme"}],
+            "its recipients now take different routes",
+        ),
+    ],
+)
+async def test_queued_mail_that_has_no_route_of_its_own_any_more_is_held(
+    bench: Bench, claim: Claim, routes: list[dict[str, Any]] | None, reason: str
+) -> None:
+    result = await bench.send(claim, config_of(routes))
+    assert held(result) == reason
+    assert result.moved is not None
+    assert result.moved.lane == claim.lane
+    assert not bench.pool.handed
+
+
+WITH_ARCHIVE: list[dict[str, Any]] = [
+    {
+        "name": "partner",
+        "sender": "acme.example",
+        "recipient": "partner.example",
+        "upstream": "acme",
+        "rewrite": {"bcc": "archive@acme.example"},
+        "fallback": [{"upstream": "house", "rewrite": {"bcc": None}}],
+    },
+    {"name": "rest", "sender": "acme.example", "upstream": "globex"},
+]
+
+
+@pytest.mark.parametrize("upstream", ["acme", "house"])
+@pytest.mark.parametrize("recipients", [["a@partner.example", "archive@acme.example"], ["archive@acme.example"]])
+async def test_a_hidden_copy_stays_with_the_route_that_made_it(bench: Bench, upstream: str, recipients: list[str]) -> None:
+    result = await bench.send(claim_of(*recipients, lane=Lane(upstream, "partner")), config_of(WITH_ARCHIVE))
+    assert result.moved is None, result.moved
+    assert [(handed.upstream, handed.recipients) for handed in bench.pool.handed] == [(upstream, recipients)]
+
+
+# -- permission ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "reason"),
+    [
+        ({"from": "boss@globex.example"}, "the From address boss@globex.example is not one of its senders"),
+        ({"envelope_sender": "b@globex.example"}, "the envelope sender b@globex.example is not one of its senders"),
+        ({"set_headers": {"Sender": "x@globex.example"}}, "the Sender address x@globex.example is not one of its senders"),
+    ],
+)
+async def test_what_the_credential_may_not_send_is_held_however_it_came_about(bench: Bench, rewrite: dict[str, Any], reason: str) -> None:
+    setup = rewriting(rewrite, upstreams={"acme": {"senders": ["acme.example"]}})
+    assert held(await bench.send(claim_of(), setup)) == f"upstream acme may not send it: {reason}"
+    assert held(await bench.send(claim_of(), setup, fresh=True)) == f"upstream acme may not send it: {reason}"
+    assert not bench.pool.handed
+
+
+async def test_a_fallback_is_asked_for_its_own_senders(bench: Bench) -> None:
+    senders = {"house": {"senders": ["house.example"]}}
+    over = {"from": "no-reply@house.example", "envelope_sender": "bounces@house.example"}
+    claim = claim_of(lane=Lane("house", "acme"))
+    assert "may not send it" in held(await bench.send(claim, config_of(upstreams=senders)))
+    await bench.wire(claim, rewriting(fallback=[{"upstream": "house", "rewrite": over}], upstreams=senders))
+
+
+# -- transactions ----------------------------------------------------------------------------------------------------------
+
+
+def names(count: int) -> list[str]:
+    return [f"r{number}@example.org" for number in range(count)]
+
+
+async def test_recipients_beyond_the_limit_go_in_further_transactions(bench: Bench) -> None:
+    setup = config_of(upstreams={"acme": {"limits": {"recipients": 3}}})
+    result = await bench.send(claim_of(*names(8)), setup)
+    assert [handed.recipients for handed in bench.pool.handed] == [names(8)[:3], names(8)[3:6], names(8)[6:]]
+    assert dict(result.outcomes) == dict.fromkeys(names(8), SENT)
+
+
+@pytest.mark.parametrize("code", [452, 552])
+async def test_those_whom_the_upstream_finds_too_many_go_at_once_in_the_next_transaction(bench: Bench, code: int) -> None:
+    too_many = outcome_of_reply(Phase.RCPT, Reply(code, "", "too many recipients"))
+    result = await bench.send(
+        claim_of(*names(7)), answer=lambda _, recipients: [SENT if place < 3 else too_many for place in range(len(recipients))]
+    )
+    assert [handed.recipients for handed in bench.pool.handed] == [names(7), names(7)[3:6], names(7)[6:]]
+    assert dict(result.outcomes) == dict.fromkeys(names(7), SENT)
+
+
+async def test_a_452_for_everybody_is_what_it_says(bench: Bench) -> None:
+    result = await bench.send(claim_of(*names(3)), answer=lambda _, recipients: [TOO_MANY] * len(recipients))
+    assert len(bench.pool.handed) == 1
+    assert dict(result.outcomes) == dict.fromkeys(names(3), TOO_MANY)
+
+
+async def test_a_452_that_stays_ends_with_one_transaction_for_each_recipient(bench: Bench) -> None:
+    def answer(_: str, recipients: list[str]) -> list[Outcome]:
+        return [SENT if address == "r0@example.org" else TOO_MANY for address in recipients]
+
+    result = await bench.send(claim_of(*names(4)), answer=answer)
+    assert [handed.recipients for handed in bench.pool.handed] == [names(4), ["r1@example.org"], ["r2@example.org"], ["r3@example.org"]]
+    assert dict(result.outcomes) == {"r0@example.org": SENT, **dict.fromkeys(names(4)[1:], TOO_MANY)}
+
+
+@pytest.mark.parametrize("fault", [DOWN, CLOSED, LOGIN_REFUSED, FORBIDDEN])
+async def test_a_fault_of_the_upstream_ends_the_attempt_for_those_not_yet_tried(bench: Bench, fault: Outcome) -> None:
+    setup = config_of(upstreams={"acme": {"limits": {"recipients": 2}}})
+    result = await bench.send(claim_of(*names(6)), setup, answer=lambda _, now: [SENT if "r0@" in now[0] else fault] * len(now))
+    assert [handed.recipients for handed in bench.pool.handed] == [names(6)[:2], names(6)[2:4]]
+    assert dict(result.outcomes) == dict.fromkeys(names(6)[:2], SENT) | dict.fromkeys(names(6)[2:], fault)
+
+
+async def test_those_not_yet_tried_get_the_fault_of_the_upstream_and_not_a_neighbours_fate(bench: Bench) -> None:
+    setup = config_of(upstreams={"acme": {"limits": {"recipients": 3}}})
+    result = await bench.send(claim_of(*names(6)), setup, answer=lambda *_: [GREYLISTED, CLOSED, REFUSED])
+    assert len(bench.pool.handed) == 1
+    assert [result.outcomes[name] for name in names(6)] == [GREYLISTED, CLOSED, REFUSED, CLOSED, CLOSED, CLOSED]
+
+
+async def test_those_not_yet_tried_are_not_in_doubt(bench: Bench) -> None:
+    setup = config_of(upstreams={"acme": {"limits": {"recipients": 2}}})
+    result = await bench.send(claim_of(*names(4)), setup, answer=lambda *_: [LOST, LOST])
+    assert [result.outcomes[name].in_doubt for name in names(4)] == [True, True, False, False]
+    assert all(outcome.status is Status.DEFERRED for outcome in result.outcomes.values())
+
+
+@pytest.mark.parametrize("outcome", [REFUSED, GREYLISTED, outcome_of_reply(Phase.FINAL, Reply(554, "5.6.0", "no"))])
+async def test_a_fate_of_recipient_or_message_says_nothing_about_those_not_yet_tried(bench: Bench, outcome: Outcome) -> None:
+    assert outcome.scope in (Scope.RECIPIENT, Scope.MESSAGE)
+    setup = config_of(upstreams={"acme": {"limits": {"recipients": 1}}})
+    result = await bench.send(claim_of(*names(3)), setup, answer=lambda _, now: [SENT if "r2@" in now[0] else outcome])
+    assert [result.outcomes[name] for name in names(3)] == [outcome, outcome, SENT]
+
+
+# -- what goes wrong here --------------------------------------------------------------------------------------------------
+
+
+async def test_content_that_cannot_be_read_is_held(bench: Bench, tmp_path: Path) -> None:
+    gone = Content(10, None, tmp_path / "gone")
+    assert held(await bench.send(claim_of(content=gone))) == "its content cannot be read: No such file or directory"
+    assert not bench.pool.handed
+
+
+async def test_an_unexpected_error_is_told_and_leaves_everybody_in_doubt(bench: Bench) -> None:
+    def explode(*_: object) -> list[Outcome]:
+        raise RuntimeError("a fault of ours")
+
+    result = await bench.send(claim_of(*names(2)), answer=explode)
+    assert [(o.status, o.phase, o.in_doubt) for o in result.outcomes.values()] == [(Status.DEFERRED, Phase.FINAL, True)] * 2
+    assert list(result.outcomes) == names(2)
+    (event,) = bench.log.events("fault")
+    assert (event["level"], event["id"]) == ("error", "00000000000A1")
+    assert "RuntimeError: a fault of ours" in event["traceback"]
+
+
+async def test_who_was_served_before_an_unexpected_error_stays_served(bench: Bench) -> None:
+    def answer(_: str, recipients: list[str]) -> list[Outcome]:
+        if recipients[0] == "r4@example.org":
+            raise RuntimeError("a fault of ours")
+        return [SENT, REFUSED]
+
+    setup = config_of(upstreams={"acme": {"limits": {"recipients": 2}}})
+    result = await bench.send(claim_of(*names(6)), setup, answer=answer)
+    assert [result.outcomes[name] for name in names(4)] == [SENT, REFUSED, SENT, REFUSED]
+    assert [(o.status, o.in_doubt) for o in list(result.outcomes.values())[4:]] == [(Status.DEFERRED, True)] * 2
+
+
+async def test_who_was_to_be_tried_again_when_the_error_came_is_in_doubt(bench: Bench) -> None:
+    def answer(_: str, recipients: list[str]) -> list[Outcome]:
+        if len(recipients) < 3:
+            raise RuntimeError("a fault of ours")
+        return [SENT, SENT, TOO_MANY]
+
+    result = await bench.send(claim_of(*names(3)), answer=answer)
+    assert [(o.status, o.in_doubt) for o in result.outcomes.values()] == [(Status.SENT, False)] * 2 + [(Status.DEFERRED, True)]
+
+
+async def test_a_file_that_ends_too_early_is_an_error_and_never_a_short_message(bench: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "content"
+    path.write_bytes(CONTENT + b"x" * 2 * MEBIBYTE)
+    result = await bench.send(claim_of(Recipient("a@example.org"), content=Content(len(CONTENT) + 3 * MEBIBYTE, None, path)))
+    assert result.outcomes["a@example.org"].status is Status.DEFERRED
+    assert not bench.pool.handed
+    assert "shorter than it was" in bench.log.text()

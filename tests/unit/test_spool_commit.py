@@ -1,0 +1,126 @@
+"""Group commit: what is submitted while a batch is under way shares the next one, and what rides waits for company, but not for long."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from relay.spool import commit
+from relay.spool.base import SpoolError
+from relay.spool.commit import GroupCommit, Operation
+
+
+def nothing(_: list[Any]) -> list[Any]:
+    raise AssertionError("the test's commit runs nothing")
+
+
+class Recorder:
+    """Stands for the database: notes each batch, waits at the gate, and fails what it is told to fail."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Any]] = []
+        self.swept = 0
+        self.gate = threading.Event()
+        self.gate.set()
+        self.commits = GroupCommit(self._commit, self._housekeep)
+
+    def _commit(self, batch: list[Operation]) -> None:
+        self.batches.append([operation.argument for operation in batch])
+        self.gate.wait(5)
+        for operation in batch:
+            if isinstance(operation.argument, Exception):
+                operation.error = operation.argument
+            else:
+                operation.result = f"done {operation.argument}"
+
+    def _housekeep(self) -> None:
+        self.swept += 1
+
+    def submit(self, argument: object) -> asyncio.Future[Any]:
+        return self.commits.submit(nothing, argument)
+
+    def ride(self, argument: object) -> asyncio.Future[Any]:
+        return self.commits.ride(nothing, argument)
+
+
+@pytest.fixture
+async def recorder() -> AsyncIterator[Recorder]:
+    recorder = Recorder()
+    yield recorder
+    recorder.gate.set()
+    await recorder.commits.stop()
+
+
+async def test_one_operation_waits_for_nobody(recorder: Recorder) -> None:
+    assert await recorder.submit("a") == "done a"
+    assert await recorder.submit("b") == "done b"
+    assert recorder.batches == [["a"], ["b"]]
+
+
+async def test_what_comes_during_a_commit_shares_the_next(recorder: Recorder, eventually: Callable[..., Any]) -> None:
+    recorder.gate.clear()
+    first = recorder.submit(0)
+    await eventually(lambda: recorder.batches, "the first batch")
+    rest = [recorder.submit(number) for number in range(1, 50)]
+    recorder.gate.set()
+    await asyncio.gather(first, *rest)
+    assert recorder.batches == [[0], list(range(1, 50))]
+
+
+async def test_what_rides_goes_with_the_next_that_does_not(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit, "RIDE_SECONDS", 60.0)
+    riders = [recorder.ride("r1"), recorder.ride("r2")]
+    await recorder.submit("a")
+    assert [rider.result() for rider in riders] == ["done r1", "done r2"]
+    assert recorder.batches == [["r1", "r2", "a"]]
+
+
+async def test_what_rides_alone_goes_after_a_moment(recorder: Recorder) -> None:
+    assert await asyncio.wait_for(recorder.ride("r"), 5) == "done r"
+    assert await asyncio.wait_for(recorder.ride("s"), 5) == "done s"
+    assert recorder.batches == [["r"], ["s"]]
+
+
+async def test_an_error_reaches_the_one_it_is_about(recorder: Recorder, eventually: Callable[..., Any]) -> None:
+    recorder.gate.clear()
+    futures = [recorder.submit("first")]
+    await eventually(lambda: recorder.batches, "the first batch")
+    futures += [recorder.submit("good"), recorder.submit(KeyError("bad")), recorder.ride("also good")]
+    recorder.gate.set()
+    results = await asyncio.gather(*futures, return_exceptions=True)
+    assert [str(result) for result in results] == ["done first", "done good", "'bad'", "done also good"]
+
+
+async def test_who_stopped_waiting_is_not_missed(recorder: Recorder, eventually: Callable[..., Any]) -> None:
+    recorder.gate.clear()
+    first = recorder.submit("first")
+    await eventually(lambda: recorder.batches, "the first batch")
+    gone, stays = recorder.submit("gone"), recorder.submit("stays")
+    gone.cancel()
+    recorder.gate.set()
+    assert await asyncio.gather(first, stays) == ["done first", "done stays"]
+    assert recorder.batches[1] == ["gone", "stays"]
+
+
+async def test_stopping_commits_what_waits(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit, "RIDE_SECONDS", 60.0)
+    rider, urgent = recorder.ride("r"), recorder.submit("a")
+    last = recorder.ride("s")
+    await recorder.commits.stop()
+    assert await asyncio.gather(rider, urgent, last) == ["done r", "done a", "done s"]
+
+
+async def test_after_the_end_nothing_is_taken_and_nobody_waits_for_ever(recorder: Recorder) -> None:
+    await recorder.commits.stop()
+    for give in (recorder.submit, recorder.ride):
+        with pytest.raises(SpoolError, match="closed"):
+            await asyncio.wait_for(give("late"), 2)
+
+
+async def test_an_idle_thread_keeps_house(recorder: Recorder, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., Any]) -> None:
+    monkeypatch.setattr(commit, "IDLE_SECONDS", 0.01)
+    await recorder.submit("a")
+    await eventually(lambda: recorder.swept >= 3, "the house is kept")
+    assert await recorder.submit("b") == "done b"
