@@ -118,7 +118,8 @@ class Intake:
                 if (refusal := _refusal(route)) is not None:
                     return refusal
             chosen[target] = (Recipient(target, recipient.notify, recipient.orcpt), route)
-        if len(transaction.recipients.keys() | chosen.keys()) > limit:
+        new = sum(target not in transaction.recipients for target in chosen)
+        if transaction.recipients and len(transaction.recipients) + new > limit:  # an alias alone may stand for more
             return _TOO_MANY_RECIPIENTS
         transaction.recipients |= chosen
         return None

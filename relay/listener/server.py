@@ -1,24 +1,23 @@
-"""The SMTP server side of one session: verbs and replies (RFC 5321). The only user of aiosmtpd.
+"""The SMTP server side of one connection: octets in, replies out (RFC 5321). The only user of aiosmtpd.
 
 A subclass of aiosmtpd's protocol that replaces its session loop, its parsers and its life cycle: the stock ones reflect over
 themselves for each connection, wake a task for each command, parse addresses leniently and slowly, buffer content line by line, answer
 our faults with 5xx and cancel the work when a client half-closes. Here commands are answered as they arrive, replies to pipelined
 commands leave together, and a task exists only while a message is taken into custody; the end of the connection never cancels it.
 
-State: one Session per connection: what has arrived, the transaction, and whether a message is being taken.
+What a command does is `listener.dialogue`. State: one Session per connection: what has arrived, and whether a message is being taken.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from aiosmtpd import smtp
 
-from relay.intake import Transaction
 from relay.listener.data import Disconnected, Gathering, Input, Received
-from relay.mail.address import AddressError, ParameterError, parse_parameters, parse_path
-from relay.mail.envelope import Origin, Recipient
+from relay.listener.dialogue import Dialogue
+from relay.mail.envelope import Origin
 from relay.mail.reply import Reply
 from relay.spool.base import SpoolFull
 
@@ -39,37 +38,19 @@ _COMMANDS_AT_ONCE = 256
 LINGER_SECONDS = 10.0
 
 _GREETING = b"220 %b ESMTP relay\r\n"
-_OK = Reply(250, "2.0.0", "Ok")
-_SENDER_OK = Reply(250, "2.1.0", "Ok")
-_RECIPIENT_OK = Reply(250, "2.1.5", "Ok")
-_GO_AHEAD = Reply(354, "", "End data with <CR><LF>.<CR><LF>")
-_BYE = Reply(221, "2.0.0", "Bye")
 _STOPPING = Reply(421, "4.3.2", "Service shutting down")
 _TOO_MANY_ERRORS = Reply(421, "4.7.0", "Too many errors")
 _IDLE = Reply(421, "4.4.2", "Idle for too long")
 _FAULT = Reply(451, "4.3.0", "Local error, try again later")
 _NO_SPACE = Reply(452, "4.3.1", "Insufficient storage, try again later")
-_UNKNOWN = Reply(500, "5.5.2", "Unknown command")
 _LINE_TOO_LONG = Reply(500, "5.5.2", "Line too long")
-_SYNTAX = Reply(501, "5.5.4", "Syntax error in the arguments")
-_NEED_MAIL = Reply(503, "5.5.1", "MAIL first")
-_NEED_RCPT = Reply(503, "5.5.1", "RCPT first")
-_NESTED_MAIL = Reply(503, "5.5.1", "A transaction is already open")
-_NEED_HELLO = Reply(503, "5.5.1", "EHLO or HELO first")
-_UNKNOWN_PARAMETER = Reply(555, "5.5.4", "Unknown parameter")
 _TOO_LARGE = Reply(552, "5.3.4", "Message too large")
 _LONG_CONTENT_LINE = Reply(554, "5.6.0", "A line of the message is too long")
-_VRFY = Reply(252, "2.5.0", "Cannot verify, but will take mail")
-_HELP = Reply(214, "2.0.0", "EHLO HELO MAIL RCPT DATA RSET NOOP VRFY QUIT")
-
-_Verb = Callable[["Session", str], Reply]
 _T = TypeVar("_T")
 
 
 class Session(smtp.SMTP):
     """One connection from one client. Its owner is the Door that it came through."""
-
-    verbs: ClassVar[dict[bytes, _Verb]]
 
     def __init__(self, door: "Door", loop: asyncio.AbstractEventLoop) -> None:
         # Not SMTP.__init__: it reflects over the class for each connection, which costs more than a whole message.
@@ -81,12 +62,9 @@ class Session(smtp.SMTP):
         self._deadline = 0.0
         self._timeout_handle = None
         self._origin = Origin()
-        self._client_name = ""
-        self._extended = False
-        self._transaction: Transaction | None = None
+        self._dialogue = Dialogue(door, self._origin)
         self._errors = 0
         self._admitted = False
-        self._receiving = False  # DATA was answered with 354 and the final dot has not come
         self._taking: asyncio.Task[None] | None = None  # content is being received into a file, or a message is being taken
         self._adrift = False  # within content whose end has not been found: what follows is not to be read as commands
         self._skipping = False  # the rest of a line that was too long
@@ -103,12 +81,13 @@ class Session(smtp.SMTP):
             return
         self._input.attach(self.transport)
         self._origin = Origin(self._settings.name, peer[0], "", self._door.new_session_id())
+        self._dialogue = Dialogue(self._door, self._origin)
         self._deadline = self.loop.time() + IDLE_SECONDS
         self._timeout_handle = self.loop.call_at(self._deadline, self._expire)
         self._door.opened(self)
         refusal = _STOPPING if self._door.stopping else self._door.access.enter(self._origin.client)
         if refusal is not None:
-            self._say(self._refuse(refusal))
+            self._say(self._dialogue.refuse(refusal))
             self._hang_up()
             return
         self._admitted = True
@@ -146,7 +125,7 @@ class Session(smtp.SMTP):
 
     def stop(self) -> None:
         """End as soon as nothing is under way: at once when waiting for a command, else after the message at hand."""
-        if self._taking is None and not self._receiving and not self._closing:
+        if self._taking is None and not self._dialogue.receiving and not self._closing:
             self._say(_STOPPING)
             self._hang_up()
 
@@ -192,7 +171,7 @@ class Session(smtp.SMTP):
         """Do what can be done with what has arrived: commands, in order, until one needs more octets or time."""
         replies: list[bytes] = []
         while not self._closing and self._taking is None and not self._stalled:
-            if self._receiving:
+            if self._dialogue.receiving:
                 if not self._receive():
                     break
                 continue
@@ -246,15 +225,7 @@ class Session(smtp.SMTP):
         if self._skipping or end > _LINE_LIMIT_BYTES:
             self._skipping = False
             return _LINE_TOO_LONG
-        word, _, argument = line.rstrip(b"\r").partition(b" ")
-        verb = self.verbs.get(word.upper())
-        if verb is None:
-            return _UNKNOWN
-        try:
-            return verb(self, argument.decode("utf-8", "surrogateescape"))
-        except Exception as error:  # law 9: temporary to the client, loud in the log
-            self._door.journal.fault(f"{word.decode('ascii', 'replace')[:10]} from a client", error, session=self._origin.session)
-            return _FAULT
+        return self._dialogue.answer(line)
 
     # -- content ----------------------------------------------------------------------------------------------------------
 
@@ -263,10 +234,10 @@ class Session(smtp.SMTP):
         gathering = Gathering(self._settings.message_size, self._door.intake.spill)
         octets = self._input.small_content()
         if octets is not None:
-            self._receiving = False
+            self._dialogue.receiving = False
             self._begin(self._take, gathering.whole(octets))
         elif self._input.overflows:
-            self._receiving = False
+            self._dialogue.receiving = False
             self._begin(self._receive_large, gathering)
         else:
             return False
@@ -306,8 +277,7 @@ class Session(smtp.SMTP):
         return await self._take(received)
 
     async def _take(self, received: Received) -> Reply:
-        transaction, self._transaction = self._transaction, None
-        assert transaction is not None, "DATA is answered with 354 only inside a transaction"
+        transaction = self._dialogue.take_transaction()
         if received.trouble is None:
             self._deadline = self.loop.time() + 2 * IDLE_SECONDS  # ours to answer now; the client waits ten minutes (RFC 5321)
             reply = await self._door.intake.accept(transaction, received.content, received.head)
@@ -318,146 +288,7 @@ class Session(smtp.SMTP):
         else:
             reply = _NO_SPACE if isinstance(received.trouble, SpoolFull) else _FAULT
             self._door.journal.note("error", f"receiving content: {received.trouble}")
-        return reply if reply.positive else self._refuse(reply, transaction.sender or "<>", ",".join(transaction.recipients))
-
-    def _refuse(self, reply: Reply, sender: str = "", recipients: str = "") -> Reply:
-        origin = self._origin
-        self._door.journal.refused(
-            session=origin.session, listener=origin.listener, client=origin.client, sender=sender, recipients=recipients, reply=str(reply)
-        )
-        return reply
-
-    # -- verbs ------------------------------------------------------------------------------------------------------------
-
-    def _ehlo(self, argument: str) -> Reply:
-        if not argument.strip():
-            return _SYNTAX
-        self._greet(argument, extended=True)
-        return self._door.extensions
-
-    def _helo(self, argument: str) -> Reply:
-        if not argument.strip():
-            return _SYNTAX
-        self._greet(argument, extended=False)
-        return Reply(250, "", self._door.hostname.decode())
-
-    def _greet(self, name: str, *, extended: bool) -> None:
-        self._client_name, self._extended, self._transaction = name.strip()[:255], extended, None
-
-    def _mail(self, argument: str) -> Reply:
-        if not self._client_name:
-            return _NEED_HELLO
-        if self._transaction is not None:
-            return _NESTED_MAIL
-        try:
-            sender, text = _path_after("FROM:", argument)
-            parameters = parse_parameters(text) if text else {}
-        except AddressError as error:
-            return Reply(501, "5.1.7", f"Bad sender address: {error}")
-        except (_KeywordMissing, ParameterError):
-            return _SYNTAX
-        if (reply := self._check_parameters(parameters)) is not None:
-            return self._refuse(reply, sender or "<>") if reply is _TOO_LARGE else reply
-        smtputf8 = "SMTPUTF8" in parameters
-        if not smtputf8 and not sender.isascii():
-            return Reply(550, "5.6.7", "A non-ASCII address needs SMTPUTF8")
-        protocol = "UTF8SMTP" if smtputf8 else "ESMTP" if self._extended else "SMTP"
-        opened = self._door.intake.begin(self._origin, self._client_name, protocol, sender, smtputf8=smtputf8)
-        if isinstance(opened, Reply):
-            return self._refuse(opened, sender or "<>")
-        self._transaction = opened
-        return _SENDER_OK
-
-    def _check_parameters(self, parameters: dict[str, str]) -> Reply | None:
-        for keyword, value in parameters.items():
-            if keyword == "SIZE":  # RFC 1870
-                if not (value.isascii() and value.isdigit() and len(value) <= 20):
-                    return _SYNTAX
-                if int(value) > self._settings.message_size:
-                    return _TOO_LARGE
-            elif keyword == "BODY":  # RFC 6152
-                if value.upper() not in ("7BIT", "8BITMIME"):
-                    return _SYNTAX
-            elif keyword == "SMTPUTF8":  # RFC 6531
-                if value:
-                    return _SYNTAX
-            else:
-                return _UNKNOWN_PARAMETER
-        return None
-
-    def _rcpt(self, argument: str) -> Reply:
-        transaction = self._transaction
-        if transaction is None:
-            return _NEED_MAIL
-        try:
-            address, text = _path_after("TO:", argument)
-            if text and parse_parameters(text):
-                return _UNKNOWN_PARAMETER
-        except AddressError as error:
-            return Reply(501, "5.1.3", f"Bad recipient address: {error}")
-        except (_KeywordMissing, ParameterError):
-            return _SYNTAX
-        if not address:
-            return Reply(501, "5.1.3", "Bad recipient address: it is empty")
-        if not transaction.smtputf8 and not address.isascii():
-            return Reply(550, "5.6.7", "A non-ASCII address needs SMTPUTF8")
-        reply = self._door.intake.add(transaction, Recipient(address), limit=self._settings.recipients)
-        return _RECIPIENT_OK if reply is None else self._refuse(reply, transaction.sender or "<>", address)
-
-    def _data(self, argument: str) -> Reply:
-        transaction = self._transaction
-        if argument.strip():
-            return _SYNTAX
-        if transaction is None:
-            return _NEED_MAIL
-        if not transaction.recipients:
-            return _NEED_RCPT
-        if (obstacle := self._door.intake.obstacle()) is not None:
-            return self._refuse(obstacle, transaction.sender or "<>", ",".join(transaction.recipients))
-        self._receiving = True
-        return _GO_AHEAD
-
-    def _rset(self, argument: str) -> Reply:
-        self._transaction = None
-        return _OK
-
-    def _noop(self, argument: str) -> Reply:
-        return _OK
-
-    def _vrfy(self, argument: str) -> Reply:
-        return _VRFY if argument.strip() else _SYNTAX
-
-    def _help(self, argument: str) -> Reply:
-        return _HELP
-
-    def _quit(self, argument: str) -> Reply:
-        return _SYNTAX if argument.strip() else _BYE
-
-
-Session.verbs = {
-    b"EHLO": Session._ehlo,
-    b"HELO": Session._helo,
-    b"MAIL": Session._mail,
-    b"RCPT": Session._rcpt,
-    b"DATA": Session._data,
-    b"RSET": Session._rset,
-    b"NOOP": Session._noop,
-    b"VRFY": Session._vrfy,
-    b"HELP": Session._help,
-    b"QUIT": Session._quit,
-}
-
-
-class _KeywordMissing(ValueError):
-    """MAIL without FROM:, RCPT without TO:."""
-
-
-def _path_after(keyword: str, argument: str) -> tuple[str, str]:
-    """The address and the parameters of MAIL or RCPT. Raises _KeywordMissing or AddressError."""
-    argument = argument.lstrip(" \t")
-    if argument[: len(keyword)].upper() != keyword:
-        raise _KeywordMissing
-    return parse_path(argument[len(keyword) :])
+        return reply if reply.positive else self._dialogue.refuse(reply, transaction.sender or "<>", ",".join(transaction.recipients))
 
 
 @lru_cache(maxsize=256)

@@ -110,7 +110,8 @@ class Journal:
         self._event("warning", "deferred", fields | {"next": next_try, "in_doubt": "yes" if in_doubt else ""})
 
     def failed(
-        self, *, id: str, session: str, route: str, upstream: str, sender: str, recipients: str, size: int, reply: str, attempt: int, delay: float
+        self, *, id: str, session: str, route: str, upstream: str, sender: str, recipients: str, size: int, reply: str, attempt: int,
+        delay: float,
     ) -> None:  # fmt: skip
         fields = _attempt(id, session, route, upstream, sender, recipients, size, reply, "failed", attempt, delay)
         self._event("warning", "failed", fields)
@@ -206,7 +207,8 @@ class Journal:
 
 
 def _attempt(
-    id: str, session: str, route: str, upstream: str, sender: str, recipients: str, size: int, reply: str, status: str, attempt: int, delay: float
+    id: str, session: str, route: str, upstream: str, sender: str, recipients: str, size: int, reply: str, status: str, attempt: int,
+    delay: float,
 ) -> dict[str, object]:  # fmt: skip
     return {
         "id": id, "session": session, "route": route, "upstream": upstream, "sender": sender, "recipients": recipients, "size": size,

@@ -87,3 +87,12 @@ def log_rows(settlement: Settlement, number: int, now: float) -> list[tuple[obje
 
 def unpack_summary(text: str) -> Summary:
     return Summary(*json.loads(text)) if text else NO_SUMMARY
+
+
+def continuation(settlement: Settlement, waiting: list[Recipient]) -> tuple[object, ...]:
+    """The new values of a message that goes back to a lane, in the order of `sqlite_schema.CONTINUE`."""
+    then, outcomes = settlement.next, settlement.outcomes
+    assert then is not None, "a deferred recipient has a next time"
+    kept = [r._replace(in_doubt=r.in_doubt or outcomes[r.address].in_doubt) for r in waiting]
+    reply = str(outcomes[waiting[-1].address].reply) if settlement.tried else None
+    return (*then.lane, then.when, 0 if then.counted else 1, then.held, pack_recipients(kept), reply)

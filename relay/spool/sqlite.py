@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import apsw
 
 from relay.clock import Clock
-from relay.mail.envelope import Recipient
 from relay.mail.outcome import Status
 from relay.spool import sqlite_schema as sql
 from relay.spool.base import (
@@ -35,6 +34,7 @@ from relay.spool.base import (
 from relay.spool.commit import GroupCommit, Operation
 from relay.spool.files import ContentFiles, DirectoryLock
 from relay.spool.records import (
+    continuation,
     id_of,
     log_rows,
     number_of,
@@ -163,8 +163,8 @@ class SqliteSpool:
         facts = pack_facts(envelope, draft.origin, draft.summary, draft.content)
         due = draft.due if token is None else draft.created + self._backoff(1)
         return (
-            number_of(draft.id), content, int(filed), int(shared), draft.lane.upstream, draft.lane.route, due, int(token is not None), token, 0, "",
-            draft.created, envelope.sender, pack_recipients(envelope.recipients), facts, draft.prefix, draft.content.size, "",
+            number_of(draft.id), content, int(filed), int(shared), draft.lane.upstream, draft.lane.route, due, int(token is not None),
+            token, 0, "", draft.created, envelope.sender, pack_recipients(envelope.recipients), facts, draft.prefix, draft.content.size, "",
         )  # fmt: skip
 
     def _claim_of(self, draft: Draft, content: Content, token: int) -> Claim:
@@ -238,7 +238,7 @@ class SqliteSpool:
         ending = _Ending(number, lease, rows, log_rows(settlement, number, self._clock.now()))
         try:
             if waiting:
-                await self._commits.ride(self._continue, (ending, _continuation(settlement, waiting)))
+                await self._commits.ride(self._continue, (ending, continuation(settlement, waiting)))
                 unneeded: list[int] = []
             else:
                 unneeded = await self._commits.ride(self._end, ending)
@@ -273,8 +273,8 @@ class SqliteSpool:
 
     def _continue(self, arguments: list[tuple[_Ending, tuple[object, ...]]]) -> list[None]:
         """Give messages back to their lanes."""
-        for ending, continuation in arguments:
-            self._database.execute(sql.CONTINUE, (*continuation, ending.number, ending.lease.token))
+        for ending, values in arguments:
+            self._database.execute(sql.CONTINUE, (*values, ending.number, ending.lease.token))
             if not self._database.changes():
                 raise LeaseLost(id_of(ending.number))
         self._conclude([ending for ending, _ in arguments])
@@ -384,15 +384,6 @@ class SqliteSpool:
         self._last_id = int(self._database.execute(sql.LAST_ID).get)
         kept = {number for (number,) in self._database.execute(sql.FILED)}
         self._files.sweep(kept.__contains__)
-
-
-def _continuation(settlement: Settlement, waiting: list[Recipient]) -> tuple[object, ...]:
-    """The new values of a message that goes back to a lane, in the order of `sqlite_schema.CONTINUE`."""
-    then, outcomes = settlement.next, settlement.outcomes
-    assert then is not None, "a deferred recipient has a next time"
-    kept = [r._replace(in_doubt=r.in_doubt or outcomes[r.address].in_doubt) for r in waiting]
-    reply = str(outcomes[waiting[-1].address].reply) if settlement.tried else None
-    return (*then.lane, then.when, 0 if then.counted else 1, then.held, pack_recipients(kept), reply)
 
 
 def _spool_error(error: Exception) -> Exception:
