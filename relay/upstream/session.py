@@ -1,14 +1,13 @@
 """Open one session to one host of an upstream: connect, TLS, EHLO, AUTH; then send messages over it.
 
-aiosmtplib does the opening, step by step, so that a failure is known by its phase; after that its transport is taken over
-(`upstream.wire`). TLS is verified and never downgraded; one login mechanism is chosen by us and no second one is tried.
+aiosmtplib does the opening on a connection of ours (`upstream.dial`), step by step, so that a failure is known by its phase; after
+that its transport is taken over (`upstream.wire`). TLS is verified and never downgraded; one login mechanism is chosen by us and no
+second one is tried.
 
 State: the wire, what the upstream offers, how many messages it has carried.
 """
 
 import asyncio
-import os
-import socket
 import ssl
 from base64 import b64encode
 from collections.abc import Awaitable
@@ -19,6 +18,7 @@ import aiosmtplib
 from relay.config.model import Upstream
 from relay.mail.outcome import Failure, Outcome, Phase, outcome_of_failure, outcome_of_reply
 from relay.mail.reply import MalformedReply, parse_reply
+from relay.upstream.dial import NoConnection, dial, reason_of
 from relay.upstream.tls import Contexts
 from relay.upstream.transaction import Offer, Outgoing, Transaction
 from relay.upstream.wire import Wire
@@ -82,12 +82,16 @@ async def open_session(upstream: Upstream, host: str, *, ehlo: str, contexts: Co
         context = await contexts.get(upstream)
     except (OSError, ValueError) as error:
         _fail(Phase.TLS, Failure.UNTRUSTED, f"the CA file {upstream.ca_file} cannot be loaded: {error}")
+    timeout = upstream.timeouts.connect
+    try:
+        connection = await dial(host, upstream.port, source_address=upstream.source_address, timeout_seconds=timeout)
+    except NoConnection as error:
+        _fail(error.phase, error.failure, str(error))
     client = aiosmtplib.SMTP(
         hostname=host,
-        port=upstream.port,
+        sock=connection,
         local_hostname=ehlo,
-        source_address=(upstream.source_address, 0) if upstream.source_address else None,
-        timeout=upstream.timeouts.connect,
+        timeout=timeout,
         use_tls=upstream.security == "tls",
         start_tls=False,
         tls_context=context,
@@ -108,25 +112,23 @@ async def open_session(upstream: Upstream, host: str, *, ehlo: str, contexts: Co
 
 
 async def _connect(client: aiosmtplib.SMTP, host: str, upstream: Upstream) -> None:
+    """The TLS handshake, where the connection begins with one, and the greeting."""
     where = f"{host}:{upstream.port}"
     try:
         await client.connect()
     except aiosmtplib.SMTPConnectTimeoutError as error:
-        phase = Phase.GREETING if "ready message" in error.message else Phase.CONNECT
+        phase = Phase.GREETING if "ready message" in error.message else Phase.TLS
         _fail(phase, Failure.TIMEOUT, f"{where} did not answer within {upstream.timeouts.connect:g} s")
     except aiosmtplib.SMTPResponseException as error:
         _refuse(Phase.GREETING, error, where)
     except aiosmtplib.SMTPConnectError as error:
         cause = error.__cause__
-        if isinstance(cause, socket.gaierror):
-            _fail(Phase.RESOLVE, Failure.UNREACHABLE, f"the name {host} cannot be resolved: {cause.strerror}")
         if isinstance(cause, ssl.SSLError):
             _fail(Phase.TLS, Failure.UNTRUSTED, f"TLS with {where} failed: {_tls_reason(cause)}")
         if isinstance(cause, aiosmtplib.SMTPServerDisconnected):
             _fail(Phase.GREETING, Failure.CLOSED, f"{where} closed the connection instead of greeting")
-        _fail(Phase.CONNECT, Failure.UNREACHABLE, f"{where}: {_os_reason(cause or error)}")
-    except (ValueError, UnicodeError) as error:
-        _fail(Phase.RESOLVE, Failure.UNREACHABLE, f"the name {host} cannot be used: {error}")
+        phase = Phase.TLS if upstream.security == "tls" else Phase.CONNECT
+        _fail(phase, Failure.CLOSED, f"{where}: {reason_of(cause) if isinstance(cause, OSError) else error}")
 
 
 async def _greet(client: aiosmtplib.SMTP, host: str, upstream: Upstream) -> None:
@@ -237,9 +239,3 @@ def _tls_reason(error: ssl.SSLError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message
     return error.reason or str(error)
-
-
-def _os_reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)  # the loops put the address into their own `strerror`, each in another way
-    return str(error) or type(error).__name__

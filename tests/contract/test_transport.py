@@ -227,8 +227,8 @@ async def test_replies_may_drip_and_have_many_lines(tls: Authority, security: Se
 
 @pytest.mark.parametrize("script_phase", ["mail", "rcpt", "data", "final"])
 @pytest.mark.parametrize("reply", [b"250-one\r\n550 two", b"25 too short", b"hello", b"999 what", b"250x", b"250" + b"x" * 70_000])
-async def test_what_is_no_reply_is_never_a_success(tls: Authority, pipelining: bool, script_phase: Phase, reply: bytes) -> None:
-    async with way_to(tls, pipelining=pipelining) as way:
+async def test_what_is_no_reply_is_never_a_success(tls: Authority, script_phase: Phase, reply: bytes) -> None:
+    async with way_to(tls) as way:
         way.server.script(script_phase, reply, transaction=1)
         (outcome,) = await way.send(outgoing(A))
         assert outcome.status is Status.DEFERRED
