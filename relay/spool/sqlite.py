@@ -1,8 +1,9 @@
 """The embedded spool: one SQLite database in WAL mode with synchronous=FULL, and files for large content.
 
-Exactly one connection writes and checkpoints, in the writer thread of `spool.commit`; the operator's commands read through
-`spool.sqlite_view`. Driver: apsw, because its wheel carries a SQLite without the WAL-reset corruption (fixed in 3.51.3) that the
-interpreters' own library has, and because a test can give it a VFS that fails.
+Exactly one connection writes and checkpoints; `spool.commit` hands it between the loop, which adds and removes rows, and the writer
+thread, which does all that may wait for the disk. The operator's commands read through `spool.sqlite_view`. Driver: apsw, because its
+wheel carries a SQLite without the WAL-reset corruption (fixed in 3.51.3) that the interpreters' own library has, and because a test
+can give it a VFS that fails.
 
 State: the database, the content files, and the tokens of the claims that this process has given out. All claims of an earlier
 process are taken over at start: whoever they were for is in doubt (law 4).
@@ -29,7 +30,6 @@ from relay.spool.base import (
     MessageId,
     Settlement,
     SpoolError,
-    SpoolFull,
 )
 from relay.spool.commit import GroupCommit, Operation
 from relay.spool.files import ContentFiles, DirectoryLock
@@ -44,12 +44,14 @@ from relay.spool.records import (
     unpack_facts,
     unpack_recipients,
 )
+from relay.spool.sqlite_batch import Batches, spool_error
 
 #: An attempt may wait ten minutes after the final dot (RFC 5321 section 4.5.3.2.6) on top of a slow upload; the scheduler renews.
 LEASE_SECONDS = 15 * 60
 
-#: Checkpoint when the log has grown to this many pages, or when idle. 64 MiB: a longer log means fewer pages written twice.
-_CHECKPOINT_PAGES = 16384
+#: Checkpoint when about so much has been logged, or when idle. The longer the log, the fewer pages are written twice.
+_CHECKPOINT_BYTES = 64 * 1024 * 1024
+_ROW_BYTES = 2048  # what a message's rows and pages come to in the log, beside its content; an estimate
 _LOG_ROWS_A_SWEEP = 10_000  # more than fit into the log between two checkpoints, so that it shrinks under load too
 _FREE_PAGES = 4096
 
@@ -106,10 +108,9 @@ class SqliteSpool:
         self._tokens = itertools.count(1)
         self._leases: dict[int, _Lease] = {}  # of the claims that this process has given out, by message
         self._retried_first = False
-        self._wal_pages = 0
-        self._trouble: str | None = None
-        self._database.set_wal_hook(self._note_wal)
-        self._commits = GroupCommit(self._commit, self._housekeep)
+        self._wal_bytes = 0
+        self._batches = Batches(self._database, quick=(self._put, self._end))
+        self._commits = GroupCommit(self._batches.prepare, self._commit, self._housekeep)
 
     # -- intake -------------------------------------------------------------------------------------------------------
 
@@ -174,8 +175,10 @@ class SqliteSpool:
         )
 
     def _put(self, arguments: list[_Rows]) -> list[None]:
+        blobs = [blob for _, blobs in arguments for blob in blobs]
         self._insert(sql.put_messages, [row for rows, _ in arguments for row in rows])
-        self._insert(sql.put_contents, [blob for _, blobs in arguments for blob in blobs])
+        self._insert(sql.put_contents, blobs)
+        self._wal_bytes += _ROW_BYTES * len(arguments) + sum(len(octets) for _, octets in blobs)
         return [None] * len(arguments)
 
     def _insert(self, statement: Callable[[int], str], rows: Sequence[tuple[object, ...]]) -> None:
@@ -284,6 +287,7 @@ class SqliteSpool:
         """What every settle does beside: its bounce and its lines in the delivery log."""
         self._put([ending.bounce for ending in endings])
         self._insert(sql.put_log, [row for ending in endings for row in ending.log])
+        self._wal_bytes += _ROW_BYTES * len(endings)
 
     async def renew(self, claims: Sequence[Claim]) -> Sequence[Claim]:
         now, until = self._clock.monotonic(), self._clock.now() + LEASE_SECONDS
@@ -312,7 +316,7 @@ class SqliteSpool:
     # -- health and housekeeping --------------------------------------------------------------------------------------
 
     def unhealthy(self) -> str | None:
-        return self._trouble
+        return self._batches.trouble
 
     async def close(self) -> None:
         await self._commits.stop()
@@ -333,63 +337,25 @@ class SqliteSpool:
             del self._leases[number]
 
     def _commit(self, batch: list[Operation]) -> None:
-        """One transaction for the whole batch; if it fails, one for each operation, so that only the culprit has the error."""
-        try:
-            self._transact(batch)
-            self._trouble = None
-        except Exception as error:
-            if self._database.in_transaction:
-                self._database.execute("ROLLBACK")
-            if len(batch) > 1:
-                for operation in batch:
-                    self._commit([operation])
-                return
-            batch[0].error = _spool_error(error)
-            if isinstance(error, apsw.Error):
-                self._trouble = str(batch[0].error)
-        if self._wal_pages > _CHECKPOINT_PAGES:
+        self._batches.commit(batch)
+        if self._wal_bytes > _CHECKPOINT_BYTES:
             self._housekeep()  # under load there is no idle moment for it
-
-    def _transact(self, batch: list[Operation]) -> None:
-        self._database.execute("BEGIN IMMEDIATE")
-        kinds: dict[Callable[[list[Any]], list[Any]], list[Operation]] = {}
-        for operation in batch:
-            kinds.setdefault(operation.run, []).append(operation)
-        for run, operations in kinds.items():
-            results = run([operation.argument for operation in operations])
-            for operation, result in zip(operations, results, strict=True):
-                operation.result = result
-        self._database.execute("COMMIT")
 
     def _housekeep(self) -> None:
         try:
-            if self._wal_pages:
-                self._checkpoint()
+            self._checkpoint()
             self._database.execute(sql.FORGET_LOG, (self._clock.now() - self._keep_log_seconds, _LOG_ROWS_A_SWEEP))
             if self._database.pragma("freelist_count") > _FREE_PAGES:
                 self._database.execute(f"PRAGMA incremental_vacuum({_FREE_PAGES // 4})").fetchall()
         except apsw.Error as error:  # nothing is lost: it is tried again; custody itself reports trouble when it meets it
-            self._trouble = str(_spool_error(error))
+            self._batches.trouble = str(spool_error(error))
 
     def _checkpoint(self) -> None:
-        self._wal_pages = 0
+        self._wal_bytes = 0
         self._database.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
-
-    def _note_wal(self, _: apsw.Connection, __: str, pages: int) -> int:
-        self._wal_pages = pages
-        return 0
 
     def _take_over(self) -> None:
         self._database.execute(sql.TAKE_OVER)
         self._last_id = int(self._database.execute(sql.LAST_ID).get)
         kept = {number for (number,) in self._database.execute(sql.FILED)}
         self._files.sweep(kept.__contains__)
-
-
-def _spool_error(error: Exception) -> Exception:
-    """The driver's error in the spool's words; anything else is a fault of ours and stays what it is."""
-    if isinstance(error, apsw.FullError):
-        return SpoolFull("no space left for the spool: the disk is full")
-    if isinstance(error, apsw.Error):
-        return SpoolError(f"the spool cannot be written: {error}")
-    return error

@@ -21,12 +21,17 @@ class Recorder:
 
     def __init__(self) -> None:
         self.batches: list[list[Any]] = []
+        self.prepared: list[tuple[list[Any], bool]] = []
         self.swept = 0
         self.gate = threading.Event()
         self.gate.set()
-        self.commits = GroupCommit(self._commit, self._housekeep)
+        self.commits = GroupCommit(self._prepare, self._commit, self._housekeep)
+
+    def _prepare(self, batch: list[Operation]) -> None:
+        self.prepared.append(([operation.argument for operation in batch], threading.current_thread() is threading.main_thread()))
 
     def _commit(self, batch: list[Operation]) -> None:
+        assert threading.current_thread() is not threading.main_thread()
         self.batches.append([operation.argument for operation in batch])
         self.gate.wait(5)
         for operation in batch:
@@ -67,6 +72,33 @@ async def test_what_comes_during_a_commit_shares_the_next(recorder: Recorder, ev
     recorder.gate.set()
     await asyncio.gather(first, *rest)
     assert recorder.batches == [[0], list(range(1, 50))]
+
+
+async def test_a_batch_is_prepared_on_the_loop_and_only_when_the_thread_rests(recorder: Recorder, eventually: Callable[..., Any]) -> None:
+    recorder.gate.clear()
+    first = recorder.submit("a")
+    await eventually(lambda: recorder.batches, "the first batch")
+    second = recorder.submit("b")
+    await asyncio.sleep(0)
+    assert recorder.prepared == [(["a"], True)]
+    recorder.gate.set()
+    await asyncio.gather(first, second)
+    assert recorder.prepared == [(["a"], True), (["b"], True)]
+
+
+async def test_behind_a_crowd_the_next_batch_gathers_and_behind_one_it_does_not(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit, "GATHER_SECONDS", 0.5)
+    clock = asyncio.get_running_loop().time
+    await recorder.submit("alone")
+    began = clock()
+    await asyncio.gather(*(recorder.submit(number) for number in range(commit.CROWD)))
+    assert clock() - began < 0.4
+    await recorder.submit("behind a crowd")
+    assert clock() - began >= 0.4
+    await recorder.submit("behind one")
+    assert clock() - began < 0.9
 
 
 async def test_what_rides_goes_with_the_next_that_does_not(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -319,7 +319,7 @@ async def test_a_full_disk_for_files_takes_nothing(
 
 async def test_a_checkpoint_that_fails_stops_nothing(spool: SqliteSpool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk is full just when the log is to be written back."""
-    monkeypatch.setattr(sqlite, "_CHECKPOINT_PAGES", 0)
+    monkeypatch.setattr(sqlite, "_CHECKPOINT_BYTES", 0)
     failures = 0
 
     def fail(*_: object, **__: object) -> None:
@@ -436,7 +436,7 @@ async def test_log_rows_go_when_they_are_too_old_and_not_before(tmp_path: Path) 
 @pytest.mark.usefixtures("short_idle")
 async def test_log_rows_go_under_load_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commit, "IDLE_SECONDS", 3600.0)
-    monkeypatch.setattr(sqlite, "_CHECKPOINT_PAGES", 20)
+    monkeypatch.setattr(sqlite, "_CHECKPOINT_BYTES", 20_000)
     clock = ManualClock()
     spool = open_spool(tmp_path, clock)
     for _ in range(30):
