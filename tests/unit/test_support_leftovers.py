@@ -1,5 +1,6 @@
 """The net under all tests: what it must catch, it catches. Runs a file of leaking tests in a pytest of its own."""
 
+import asyncio
 import re
 import subprocess
 import sys
@@ -81,6 +82,7 @@ def test_a_test_that_leaves_something_behind_fails_by_itself(tmp_path: Path) -> 
     expected = set(re.findall(r"def (test_\w+)", LEAKS))
     assert set(fates) == expected, run.stdout + run.stderr
     passed = {name for name, seen in fates.items() if seen == {"PASSED"}}
-    assert passed == {name for name in expected if "_ok_" in name}, run.stdout
+    unseen = set() if hasattr(asyncio.StreamWriter, "__del__") else {"test_bad_transport"}  # Python 3.11 learnt it in a later patch
+    assert passed == {name for name in expected if "_ok_" in name} | unseen, run.stdout
     assert len(re.findall(r"test_ok_on_both_loops\[(?:asyncio|uvloop)\] PASSED", run.stdout)) == 2
     assert len(re.findall(r"test_bad_task\[(?:asyncio|uvloop)\] ERROR", run.stdout)) == 2
