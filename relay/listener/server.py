@@ -153,8 +153,10 @@ class Session(smtp.SMTP):
     def _hang_up(self) -> None:
         """Close once the client has got what was said; it may not keep us by reading nothing."""
         self._closing = True
-        if self.transport is not None:
-            self.transport.close()
+        if self.transport is None:
+            return
+        self.transport.close()
+        if self.transport.get_write_buffer_size():
             if self._timeout_handle is not None:
                 self._timeout_handle.cancel()
             self._timeout_handle = self.loop.call_later(LINGER_SECONDS, self.transport.abort)
