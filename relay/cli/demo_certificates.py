@@ -15,6 +15,10 @@ from cryptography.x509.oid import NameOID
 
 _ADDRESS = ipaddress.ip_address("127.0.0.1")
 _DAYS = 30  # longer than anybody leaves a demo running
+_SIGNS_CERTIFICATES = x509.KeyUsage(
+    digital_signature=False, content_commitment=False, key_encipherment=False, data_encipherment=False, key_agreement=False,
+    key_cert_sign=True, crl_sign=False, encipher_only=False, decipher_only=False,
+)  # fmt: skip
 
 
 class Authority:
@@ -24,7 +28,10 @@ class Authority:
         self._directory = directory
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = _name("relay demo CA")
+        # Python 3.13 verifies strictly (VERIFY_X509_STRICT): a CA must say what its key is for, and name it (RFC 5280 section 4.2.1).
         certificate = self._build(self._name, self._key).add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        certificate = certificate.add_extension(_SIGNS_CERTIFICATES, critical=True)
+        certificate = certificate.add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
         self.ca_file = directory / "ca.pem"
         self.ca_file.write_bytes(certificate.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
 

@@ -193,7 +193,8 @@ def _parse(file: str, text: str) -> _Document:
                 repaired[fault.place] = fault.message
                 text = _blanked(text, fault)
                 continue
-            finding = Finding(file, fault.place[0] + 1, fault.place[1] + 1, "", fault.message)
+            line, column = min(fault.place, (len(lines) - 1, len(lines[-1])))  # nor may what is missing be
+            finding = Finding(file, line + 1, column + 1, "", fault.message)
             reader.document.findings.append(finding)
             for mark, message in repaired.items():
                 if mark > (reader.last_line, 0):

@@ -295,6 +295,14 @@ WORDS += [
 ]
 
 
+def test_a_file_that_ends_too_soon_is_at_fault_in_its_last_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("[0\n,")
+    config, findings = examine(path, os.environ)
+    assert config is None
+    assert [finding.line for finding in findings] == [2]
+
+
 @settings(max_examples=150)
 @given(st.one_of(st.text(), st.lists(st.sampled_from(WORDS), max_size=40).map("".join)))
 def test_whatever_the_text_there_are_findings_and_no_exception(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
