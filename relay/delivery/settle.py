@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from relay.clock import Clock
 from relay.config.model import Config
 from relay.delivery.attempt import Result
+from relay.delivery.report import NO_REPORT, Reporter
 from relay.delivery.retry import Plan, plan
-from relay.mail.bounce import Undelivered, make_bounce
-from relay.mail.envelope import Envelope, Facts, Origin, Recipient
+from relay.mail.envelope import Recipient
 from relay.mail.outcome import Outcome, Scope, Status
 from relay.observe.journal import Journal
 from relay.routing import Router, upstreams_of
-from relay.spool.base import Claim, Content, Draft, Lane, LeaseLost, Next, Settlement, Spool, SpoolError
+from relay.spool.base import Claim, Lane, LeaseLost, Next, Settlement, Spool, SpoolError
 
 _AGAIN_SECONDS = 1.0
 
@@ -28,6 +28,7 @@ class Settler:
     def __init__(self, config: Config, router: Router, spool: Spool, journal: Journal, clock: Clock, *, rng: random.Random) -> None:
         self._config = config
         self._router = router
+        self._reporter = Reporter(config, router, spool, clock)
         self._spool = spool
         self._journal = journal
         self._clock = clock
@@ -44,7 +45,7 @@ class Settler:
         upstreams = (upstreams_of(route) if route is not None else ()) or (claim.lane.upstream,)
         jitter = self._rng.uniform(0.9, 1.1)
         decided = plan(claim, result.outcomes, upstreams=upstreams, retry=self._config.retry, now=self._clock.now(), jitter=jitter)
-        bounce, told = self._bounce(claim, decided, result) if decided.failed else (None, ())
+        bounce, told = self._reporter.report(claim, decided, header_block=result.header_block) if decided.failed else NO_REPORT
         if not await self._store(Settlement(claim, decided.outcomes, decided.next, bounce)):
             return []
         self._tell(claim, decided)
@@ -85,21 +86,6 @@ class Settler:
             except SpoolError as error:
                 self._journal.fault("storing an outcome, trying again", error, id=settlement.claim.id)
                 await asyncio.sleep(_AGAIN_SECONDS)
-
-    def _bounce(self, claim: Claim, decided: Plan, result: Result) -> tuple[Draft | None, Sequence[str]]:
-        """The report to the sender, by the sender's own route, or None where nobody may be told; and whom it speaks of."""
-        now, envelope, new_id = self._clock.now(), claim.envelope, self._spool.new_id()
-        block = claim.prefix + result.header_block
-        message = Undelivered(claim.id, envelope, decided.failed, block, claim.created, claim.lane.upstream)
-        bounce = make_bounce(message, reporting_mta=self._config.hostname, bounce_id=new_id, now=now)
-        if bounce is None:
-            return None, ()
-        origin = Origin(claim.origin.listener, claim.origin.client, claim.origin.user, claim.origin.session, envelope.sender)
-        route = self._router.match(Facts("", bounce.recipient, origin)).route
-        lane = Lane(route.upstream, route.name) if route is not None and route.upstream is not None else claim.lane
-        content = Content(len(bounce.content), bounce.content, eight_bit=not bounce.content.isascii())
-        reported = Envelope("", (Recipient(bounce.recipient),), smtputf8=not bounce.recipient.isascii())
-        return Draft(new_id, lane, reported, content, now, origin=origin, due=now), bounce.recipients
 
     def _tell(self, claim: Claim, decided: Plan) -> None:
         """One event for all recipients who fared alike."""

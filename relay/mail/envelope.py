@@ -18,6 +18,7 @@ class Recipient(NamedTuple):
     notify: str = ""
     orcpt: str = ""
     in_doubt: bool = False
+    warned: bool = False
 
 
 class Envelope(NamedTuple):

@@ -61,7 +61,8 @@ class Outcome(NamedTuple):
     """The fate of one recipient after one attempt.
 
     `in_doubt`: the upstream may have taken the message. `throttled`: it asks us to slow down; no attempt is counted and no
-    fallback is tried. `fallback`: another upstream may be tried at once.
+    fallback is tried. `fallback`: another upstream may be tried at once. `reports`: the upstream was given the recipient's wishes
+    about reports (RFC 3461), and sends them from here on.
     """
 
     status: Status
@@ -71,6 +72,7 @@ class Outcome(NamedTuple):
     in_doubt: bool = False
     throttled: bool = False
     fallback: bool = False
+    reports: bool = False
 
 
 @dataclass(frozen=True, slots=True)

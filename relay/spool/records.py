@@ -1,6 +1,7 @@
 """How drafts, claims and log entries become rows and come back: pure, no database.
 
-`recipients` is the address itself for the plain single recipient, else a JSON list of [address, notify, orcpt, in doubt].
+`recipients` is the address itself for the plain single recipient, else a JSON list of [address, notify, orcpt, in doubt, warned],
+of which the first schema's writer left out the last.
 `facts` is a JSON object with the keys below that differ from their default; readers ignore keys that they do not know.
 """
 
@@ -27,14 +28,17 @@ def pack_recipients(recipients: Iterable[Recipient]) -> str:
     recipients = tuple(recipients)
     if len(recipients) == 1 and recipients[0] == Recipient(recipients[0].address) and recipients[0].address[:1] != "[":
         return recipients[0].address
-    return _encode([(r.address, r.notify, r.orcpt, int(r.in_doubt)) for r in recipients])
+    return _encode([(r.address, r.notify, r.orcpt, int(r.in_doubt), int(r.warned)) for r in recipients])
 
 
 def unpack_recipients(text: str, *, in_doubt: bool = False) -> tuple[Recipient, ...]:
     """`in_doubt`: whatever the row says, a claim ended without a word, so every recipient is in doubt."""
     if text[:1] != "[":
         return (Recipient(text, in_doubt=in_doubt),)
-    return tuple(Recipient(address, notify, orcpt, bool(doubt) or in_doubt) for address, notify, orcpt, doubt in json.loads(text))
+    return tuple(
+        Recipient(address, notify, orcpt, bool(doubt) or in_doubt, bool(warned))
+        for address, notify, orcpt, doubt, warned in ((*values, 0)[:5] for values in json.loads(text))
+    )
 
 
 def pack_facts(envelope: Envelope, origin: Origin, summary: Summary, content: Content) -> str:

@@ -21,11 +21,11 @@ from relay.spool.records import (
     [
         ((Recipient("you@example.org"),), "you@example.org"),
         ((Recipient("grün@exämple.org"),), "grün@exämple.org"),
-        ((Recipient("[a@example.org"),), '[["[a@example.org","","",0]]'),
-        ((Recipient("a@x.example", notify="NEVER"),), '[["a@x.example","NEVER","",0]]'),
-        ((Recipient("a@x.example", orcpt="rfc822;b@y.example"),), '[["a@x.example","","rfc822;b@y.example",0]]'),
-        ((Recipient("a@x.example", in_doubt=True),), '[["a@x.example","","",1]]'),
-        ((Recipient('"a,\\"b"@x.example'), Recipient("c@x.example")), '[["\\"a,\\\\\\"b\\"@x.example","","",0],["c@x.example","","",0]]'),
+        ((Recipient("[a@example.org"),), '[["[a@example.org","","",0,0]]'),
+        ((Recipient("a@x.example", notify="NEVER"),), '[["a@x.example","NEVER","",0,0]]'),
+        ((Recipient("a@x.example", orcpt="rfc822;b@y.example"),), '[["a@x.example","","rfc822;b@y.example",0,0]]'),
+        ((Recipient("a@x.example", in_doubt=True),), '[["a@x.example","","",1,0]]'),
+        ((Recipient('"a,\\"b"@x.example'), Recipient("c@x.example")), '[["\\"a,\\\\\\"b\\"@x.example","","",0,0],["c@x.example","","",0,0]]'),
     ],
 )
 def test_recipients_become_text_and_come_back(recipients: tuple[Recipient, ...], text: str) -> None:
