@@ -109,16 +109,18 @@ class Attempts:
             return Result(untried(claim), Next(self._clock.now(), claim.lane, counted=False, held=held))
         body = memoryview(head)[len(original) :]
         octets = b"".join((block, header.separator(bytes(body[:2])), body))
-        addresses = [r.address for r in claim.envelope.recipients]
+        recipients = claim.envelope.recipients
         message = Outgoing(
             sender=sender or ("" if upstream.null_sender == "keep" else upstream.null_sender),
-            recipients=addresses,
+            recipients=recipients,
             octets=octets,
             size=len(octets) + claim.content.size - len(head),
             rest=rest,
             eight_bit=claim.content.eight_bit or not block.isascii(),
             dotted=claim.content.dotted or has_dot_line(block),
-            smtputf8=not (sender.isascii() and all(map(str.isascii, addresses))),
+            smtputf8=not (sender.isascii() and all(r.address.isascii() for r in recipients)),
+            ret=claim.envelope.ret,
+            envid=claim.envelope.envid,
         )
         await self._send_all(claim.lane.upstream, message, outcomes, limit=upstream.limits.recipients)
         return Result(outcomes, header_block=original)
@@ -138,15 +140,15 @@ class Attempts:
         while waiting:
             now, waiting = waiting[:limit], waiting[limit:]
             results = await self._pool.send(upstream, message._replace(recipients=now) if len(now) < len(message.recipients) else message)
-            outcomes |= zip(now, results, strict=True)
+            outcomes |= zip((r.address for r in now), results, strict=True)
             if any(result.status is Status.SENT for result in results):
-                again = [a for a, r in zip(now, results, strict=True) if r.phase is Phase.RCPT and r.reply.code in _TOO_MANY]
+                again = [who for who, r in zip(now, results, strict=True) if r.phase is Phase.RCPT and r.reply.code in _TOO_MANY]
                 limit = len(now) - len(again) if again else limit
                 waiting = again + waiting
-                for address in again:
-                    del outcomes[address]
+                for recipient in again:
+                    del outcomes[recipient.address]
             elif fault := next((result for result in results if result.scope in (Scope.UPSTREAM, Scope.CREDENTIAL)), None):
-                outcomes |= dict.fromkeys(waiting, fault._replace(in_doubt=False))
+                outcomes |= dict.fromkeys((r.address for r in waiting), fault._replace(in_doubt=False))
                 break
 
     async def _read(self, content: Content) -> tuple[bytes, Callable[[], AsyncGenerator[bytes, None]] | None]:

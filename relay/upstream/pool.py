@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from relay.clock import Clock
 from relay.config.model import Upstream
-from relay.mail.outcome import Outcome, Phase, Scope
+from relay.mail.outcome import Outcome, Phase, Scope, Status
 from relay.upstream.session import CannotOpen, Session, open_session
 from relay.upstream.tls import Contexts
 from relay.upstream.transaction import Outgoing, Stale
@@ -46,17 +46,20 @@ class Pool:
         """Send `message` to the upstream called `name`: one outcome per recipient, in their order. Never raises for the other side."""
         upstream = self._upstreams[name]
         session = self._take(name)
+        in_doubt = False
         try:
             if session is not None:
                 try:
                     return await session.send(message)
-                except Stale:
+                except Stale as stale:
                     self._dismiss(session)
+                    in_doubt = stale.in_doubt
             session = await self._open(upstream)
-            return await session.send(message)
+            outcomes = await session.send(message)
+            return list(map(_doubted, outcomes)) if in_doubt else outcomes
         except CannotOpen as error:
             session = None
-            return [error.outcome] * len(message.recipients)
+            return [_doubted(error.outcome) if in_doubt else error.outcome] * len(message.recipients)
         finally:
             if session is not None:
                 self._give_back(name, session)
@@ -122,3 +125,8 @@ class Pool:
                 del self._idle[name]
         if self._idle:
             self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep)
+
+
+def _doubted(outcome: Outcome) -> Outcome:
+    """What it means where the message had been handed over once already, to a connection that had ended."""
+    return outcome if outcome.status is Status.SENT else outcome._replace(in_doubt=True, fallback=False)

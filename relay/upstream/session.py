@@ -232,6 +232,8 @@ def _offer(client: aiosmtplib.SMTP) -> Offer:
         smtputf8="smtputf8" in extensions,
         size="size" in extensions,
         size_limit=int(limit) if limit.isascii() and limit.isdigit() else 0,
+        chunking="chunking" in extensions,
+        dsn="dsn" in extensions,
     )
 
 

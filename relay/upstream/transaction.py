@@ -1,7 +1,8 @@
 """One mail transaction on an open session, and exactly one outcome for each recipient (RFC 5321 section 3.3).
 
-MAIL, RCPT… and DATA go in one flight where the upstream offers PIPELINING (RFC 2920), one by one where it does not. What replies
-mean is decided in `mail.outcome`.
+Small mail for one recipient is one flight from MAIL to the last octet where the upstream offers PIPELINING and CHUNKING (RFC 3030).
+Other mail waits for the reply to DATA; MAIL, RCPT… and DATA are one flight where PIPELINING is offered (RFC 2920), and go one by one
+where it is not. What replies mean is decided in `mail.outcome`.
 """
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -10,26 +11,32 @@ from typing import NamedTuple
 
 from relay.config.model import Timeouts
 from relay.mail.content import stuff
-from relay.mail.outcome import Failure, Outcome, Phase, outcome_of_failure, outcome_of_reply
+from relay.mail.envelope import Recipient
+from relay.mail.outcome import Failure, Outcome, Phase, Status, outcome_of_failure, outcome_of_reply
 from relay.mail.reply import MalformedReply, Reply, parse_reply
 from relay.upstream.wire import Broken, Lines, Wire
+
+#: Content up to this size goes without asking first whether it is wanted: a round trip costs more than 64 KiB sent in vain.
+_ONE_FLIGHT_BYTES = 64 * 1024
 
 
 class Outgoing(NamedTuple):
     """A message as it goes to one upstream: rewritten, not yet dot-stuffed.
 
     `octets` is the whole content, or its beginning when `rest` gives the remainder in slices, from a file. `size` in octets.
-    `dotted`: a line may begin with a dot.
+    `dotted`: a line may begin with a dot. `ret` and `envid` are RFC 3461's, as the client gave them.
     """
 
     sender: str
-    recipients: Sequence[str]
+    recipients: Sequence[Recipient]
     octets: bytes
     size: int
     rest: Callable[[], AsyncGenerator[bytes, None]] | None = None
     eight_bit: bool = False
     smtputf8: bool = False
     dotted: bool = True
+    ret: str = ""
+    envid: str = ""
 
 
 class Offer(NamedTuple):
@@ -40,10 +47,19 @@ class Offer(NamedTuple):
     smtputf8: bool = False
     size: bool = False
     size_limit: int = 0
+    chunking: bool = False
+    dsn: bool = False
 
 
 class Stale(Exception):
-    """A reused connection had ended before it answered MAIL: nothing happened, the message may go on a new one."""
+    """A reused connection had ended before it answered MAIL: the message may go on a new one, to the same upstream.
+
+    `in_doubt`: all of the message had been handed over, and what the upstream made of it cannot be known.
+    """
+
+    def __init__(self, *, in_doubt: bool) -> None:
+        super().__init__("the connection had ended")
+        self.in_doubt = in_doubt
 
 
 class Transaction:
@@ -68,7 +84,9 @@ class Transaction:
         if lacking:
             return self._fill(outcome_of_failure(Phase.MAIL, Failure.LACKING, f"the upstream does not offer {lacking}"))
         try:
-            if await self._envelope(reused=reused, reset=reset):
+            if self._fits_one_flight and not reset:
+                await self._fly(reused=reused)
+            elif await self._envelope(reused=reused, reset=reset):
                 await self._content()
         except Broken as broken:
             self.botched = True
@@ -76,7 +94,12 @@ class Transaction:
         except MalformedReply as nonsense:
             self.botched = True
             self._fill(outcome_of_failure(self._phase, Failure.NONSENSE, f"{nonsense} ({_MOMENT[self._phase]})"))
-        return self._fill(None)
+        return self._told() if self._offer.dsn else self._fill(None)
+
+    def _told(self) -> list[Outcome]:
+        """The outcomes, where the upstream also took what recipients wish to be reported."""
+        pairs = zip(self._message.recipients, self._fill(None), strict=True)
+        return [known._replace(reports=True) if each.notify and known.status is Status.SENT else known for each, known in pairs]
 
     def _lacking(self) -> str:
         message, offer = self._message, self._offer
@@ -88,24 +111,56 @@ class Transaction:
             return f"SIZE {message.size} (its limit is {offer.size_limit})"
         return ""
 
+    # -- all at once ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _fits_one_flight(self) -> bool:
+        offer, message = self._offer, self._message
+        small = message.rest is None and message.size <= _ONE_FLIGHT_BYTES and len(message.recipients) == 1
+        return small and offer.chunking and offer.pipelining
+
+    async def _fly(self, *, reused: bool) -> None:
+        """MAIL, RCPT, BDAT and the content in one flight (RFC 3030 section 4.2): in doubt from here to the reply that decides."""
+        message, timeouts = self._message, self._timeouts
+        self._phase = Phase.FINAL
+        self._wire.write(b"%b%bBDAT %d LAST\r\n" % (self._mail(), self._rcpt(message.recipients[0]), len(message.octets)), message.octets)
+        replies: list[Lines] = []
+        try:
+            while len(replies) < 3:
+                wanted = 3 - len(replies)
+                replies += await self._wire.replies(wanted, timeout_seconds=timeouts.command, last_timeout_seconds=timeouts.final)
+        except Broken:
+            if reused and self._stale(replies, reset=False):
+                raise Stale(in_doubt=not replies) from None
+            self._judge(replies[:2], reset=False)
+            raise
+        if reused and self._stale(replies, reset=False):
+            raise Stale(in_doubt=False)
+        self._judge(replies[:2], reset=False)
+        self._phase = Phase.FINAL
+        reply = parse_reply(replies[2])
+        self.dirty = self._outcomes[0] is not None or not reply.positive
+        self._fill(outcome_of_reply(Phase.FINAL, reply))
+        self._note(reply)
+
     # -- MAIL, RCPT, DATA -------------------------------------------------------------------------------------------------
 
     async def _envelope(self, *, reused: bool, reset: bool) -> bool:
         """Whether the upstream waits for the content."""
         commands = [b"RSET\r\n"] if reset else []
         commands.append(self._mail())
-        commands += [b"RCPT TO:<%b>\r\n" % recipient.encode("utf-8") for recipient in self._message.recipients]
+        commands += map(self._rcpt, self._message.recipients)
         commands.append(b"DATA\r\n")
         replies: list[Lines] = []
         try:
             await (self._pipeline if self._offer.pipelining else self._converse)(commands, replies, reset=reset)
         except Broken:
             if reused and self._stale(replies, reset=reset):
-                raise Stale from None
+                raise Stale(in_doubt=False) from None
             self._judge(replies, reset=reset)
             raise
         if reused and self._stale(replies, reset=reset):
-            raise Stale
+            raise Stale(in_doubt=False)
         self._judge(replies, reset=reset)
         return self._go_ahead(replies, len(commands))
 
@@ -141,7 +196,15 @@ class Transaction:
             parameters += b" BODY=8BITMIME"
         if message.smtputf8:
             parameters += b" SMTPUTF8"
+        if offer.dsn and (message.ret or message.envid):
+            parameters += _parameter(b"RET", message.ret) + _parameter(b"ENVID", message.envid)
         return b"MAIL FROM:<%b>%b\r\n" % (message.sender.encode("utf-8"), parameters)
+
+    def _rcpt(self, recipient: Recipient) -> bytes:
+        parameters = b""
+        if self._offer.dsn and (recipient.notify or recipient.orcpt):
+            parameters = _parameter(b"NOTIFY", recipient.notify) + _parameter(b"ORCPT", recipient.orcpt)
+        return b"RCPT TO:<%b>%b\r\n" % (recipient.address.encode("utf-8"), parameters)
 
     def _taken(self, replies: list[Lines], *, reset: bool) -> bool:
         """Whether MAIL and at least one RCPT were answered with 2xx."""
@@ -158,7 +221,8 @@ class Transaction:
             try:
                 reply = parse_reply(lines)
             except MalformedReply:
-                self._phase = phase
+                if self._phase is not Phase.FINAL:
+                    self._phase = phase
                 raise
             if reply.positive:
                 continue
@@ -233,8 +297,12 @@ _MOMENT = {
     Phase.RCPT: "waiting for the reply to RCPT",
     Phase.DATA: "waiting for the reply to DATA",
     Phase.CONTENT: "sending the content",
-    Phase.FINAL: "after the final dot: it may have the message",
+    Phase.FINAL: "after the last octet: it may have the message",
 }
+
+
+def _parameter(keyword: bytes, value: str) -> bytes:
+    return b" %b=%b" % (keyword, value.encode("utf-8")) if value else b""
 
 
 async def _stuffed(head: bytes, rest: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:

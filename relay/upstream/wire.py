@@ -40,6 +40,7 @@ class Wire(asyncio.Protocol):
         self._lost: Broken | None = None
         self._paused = False
         self._patience_seconds = 0.0
+        self._last_patience_seconds = 0.0
         self._unsent_bytes = 0
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -58,14 +59,15 @@ class Wire(asyncio.Protocol):
         else:
             self._transport.writelines(octets)
 
-    async def replies(self, count: int, *, timeout_seconds: float) -> list[Lines]:
+    async def replies(self, count: int, *, timeout_seconds: float, last_timeout_seconds: float = 0.0) -> list[Lines]:
         """The next `count` replies, or as many as arrived before the connection ended, if at least one did.
 
-        Raises Broken when there is none: the connection ended or the time ran out.
+        `last_timeout_seconds`: when only the last one is missing, it may take so long. Raises Broken when there is none: the connection
+        ended or the time ran out.
         """
-        self._wanted = count
+        self._wanted, self._last_patience_seconds = count, last_timeout_seconds or timeout_seconds
         while len(self._replies) < count and self._lost is None:
-            await self._wait(timeout_seconds)
+            await self._wait(timeout_seconds if len(self._replies) < count - 1 else self._last_patience_seconds)
         if not self._replies:
             assert self._lost is not None, "the waiter ends with replies or a reason"
             raise self._lost
@@ -139,6 +141,8 @@ class Wire(asyncio.Protocol):
                 self._break_off(Broken(Failure.CLOSED, "the upstream said more than it was asked"))
             self._release()
         else:
+            if len(self._replies) == self._wanted - 1:
+                self._patience_seconds = self._last_patience_seconds
             self._deadline = self._loop.time() + self._patience_seconds
 
     def eof_received(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from relay.clock import ManualClock
 from relay.config.model import Upstream
+from relay.mail.envelope import Recipient
 from relay.mail.outcome import Outcome, Status
 from relay.upstream.pool import Pool
 from relay.upstream.transaction import Outgoing
@@ -32,7 +33,7 @@ def secured(server: ScriptedUpstream, authority: Authority, security: str = "sta
 
 def outgoing(*recipients: str, octets: bytes = CONTENT, sender: str = SENDER, **facts: Any) -> Outgoing:
     facts.setdefault("size", len(octets))
-    return Outgoing(sender, list(recipients or [RECIPIENT]), octets, **facts)
+    return Outgoing(sender, [Recipient(address) for address in recipients or [RECIPIENT]], octets, **facts)
 
 
 def sliced(*slices: bytes) -> Callable[[], AsyncGenerator[bytes, None]]:

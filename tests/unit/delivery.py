@@ -61,7 +61,7 @@ class Handed(NamedTuple):
 
     @property
     def recipients(self) -> list[str]:
-        return list(self.message.recipients)
+        return [recipient.address for recipient in self.message.recipients]
 
 
 class FakePool:
@@ -76,7 +76,7 @@ class FakePool:
         if message.rest is not None:
             octets += b"".join([piece async for piece in message.rest()])
         self.handed.append(Handed(name, message, octets))
-        return list(self._answer(name, list(message.recipients)))
+        return list(self._answer(name, self.handed[-1].recipients))
 
 
 class Log:

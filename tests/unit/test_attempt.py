@@ -77,7 +77,7 @@ async def test_the_upstream_gets_our_fields_then_the_content_without_its_hidden_
     claim = claim_of(content=b"Return-Path: <x@y.example>\r\n" + CONTENT)
     assert await bench.wire(claim) == PREFIX + b"From: App <app@acme.example>\r\nSubject: hi\r\n\r\nhello\r\n"
     message = bench.pool.handed[0].message
-    assert (message.sender, message.recipients, message.eight_bit, message.smtputf8) == (
+    assert (message.sender, bench.pool.handed[0].recipients, message.eight_bit, message.smtputf8) == (
         "app@acme.example",
         ["you@example.org"],
         False,
