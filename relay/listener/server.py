@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from aiosmtpd import smtp
 
+from relay.intake import Transaction
 from relay.listener.data import Disconnected, Gathering, Input, Received
 from relay.listener.dialogue import Dialogue
 from relay.mail.envelope import Origin
 from relay.mail.reply import Reply
 from relay.spool.base import SpoolFull
+from relay.spool.wait import Wait
 
 if TYPE_CHECKING:
     from relay.listener.door import Door
@@ -66,6 +68,7 @@ class Session(smtp.SMTP):
         self._errors = 0
         self._admitted = False
         self._taking: asyncio.Task[None] | None = None  # content is being received into a file, or a message is being taken
+        self._handed: Transaction | None = None  # what intake is deciding about, or holds for a verdict
         self._adrift = False  # within content whose end has not been found: what follows is not to be read as commands
         self._skipping = False  # the rest of a line that was too long
         self._stalled = False  # the client does not read its replies
@@ -95,6 +98,11 @@ class Session(smtp.SMTP):
 
     def data_received(self, data: bytes) -> None:
         self._deadline = self.loop.time() + IDLE_SECONDS
+        if data.find(b"\n") == len(data) - 1 < _LINE_LIMIT_BYTES and self._awaits_command:
+            replies: list[bytes] = []  # one command alone, from a client that waits for each reply: most of them, without the buffer
+            self._heed(self._dialogue.answer(data[:-1]), replies)
+            self._write(replies)
+            return
         self._input.feed(data)
         if self._taking is None:
             self._advance()
@@ -102,6 +110,8 @@ class Session(smtp.SMTP):
     def eof_received(self) -> bool:
         """A half-closed client still gets its replies; what it had pipelined is still done."""
         self._input.end()
+        if self._handed is not None:
+            self._handed.leave()  # it may have only half-closed; but who has timed out looks the same
         if self._taking is None:
             self._advance()
         return True
@@ -120,6 +130,8 @@ class Session(smtp.SMTP):
         if self._timeout_handle is not None:
             self._timeout_handle.cancel()
         self._input.end()
+        if self._handed is not None:
+            self._handed.leave()
         if self._taking is None:
             self._ended()
 
@@ -185,21 +197,31 @@ class Session(smtp.SMTP):
             reply = self._next_reply()
             if reply is None:
                 break
-            replies.append(_line(reply))
-            if reply.code >= 500 and self._is_one_error_too_many():
-                reply = _TOO_MANY_ERRORS
-                replies.append(_line(reply))
-            if reply.code in (221, 421):
-                self._write(replies)
-                self._hang_up()
-                return
+            self._heed(reply, replies)
             if len(replies) >= _COMMANDS_AT_ONCE:
                 self._write(replies)
                 self.loop.call_soon(self._advance)
                 return
         self._write(replies)
-        if self._input.ended and self._taking is None and not self._stalled:
+        if self._input.ended and self._taking is None and not self._stalled and not self._closing:
             self._hang_up()  # half a command or half a message: nothing was promised about it
+
+    @property
+    def _awaits_command(self) -> bool:
+        """Whether nothing has arrived that is not answered, and nothing stands against answering a command."""
+        busy = self._input.buffer or self._taking or self._closing or self._stalled or self._skipping
+        return not (busy or self._dialogue.receiving or self._door.stopping)
+
+    def _heed(self, reply: Reply, replies: list[bytes]) -> None:
+        """Add a reply to those that go out together, and do what follows from it: it may have been one error too many, or the end."""
+        replies.append(_line(reply))
+        if reply.code >= 500 and self._is_one_error_too_many():
+            reply = _TOO_MANY_ERRORS
+            replies.append(_line(reply))
+        if reply.code in (221, 421):
+            self._write(replies)
+            replies.clear()
+            self._hang_up()
 
     def _write(self, replies: list[bytes]) -> None:
         if replies and self.transport is not None:
@@ -250,22 +272,25 @@ class Session(smtp.SMTP):
 
     async def _conclude(self, work: Callable[[_T], Awaitable[Reply]], argument: _T) -> None:
         """Answer DATA when `work` has the reply, and go on with what has arrived meanwhile."""
-        reply = None
+        reply = wait = None
         try:
             reply = await work(argument)
+            del argument  # the content, which a thousand clients that wait must not keep in memory
+            if (handed := self._handed) is not None and (wait := handed.wait) is not None:
+                reply = await self._verdict(handed, wait)
         except Disconnected:
             pass  # nothing was promised, and what is left of the content is nobody's
         except Exception as error:  # law 9
             self._door.journal.fault("DATA from a client", error, session=self._origin.session)
             reply = _FAULT
         finally:
-            self._taking = None
+            self._taking = self._handed = None
             if self.transport is None:
                 self._ended()
         if reply is not None:
             self._say(reply)
             self._deadline = self.loop.time() + IDLE_SECONDS
-            if reply.code >= 500 and self._is_one_error_too_many():
+            if reply.code >= 500 and wait is None and self._is_one_error_too_many():
                 self._say(_TOO_MANY_ERRORS)
                 self._hang_up()
         if self._adrift:
@@ -282,6 +307,8 @@ class Session(smtp.SMTP):
         transaction = self._dialogue.take_transaction()
         if received.trouble is None:
             self._deadline = self.loop.time() + 2 * IDLE_SECONDS  # ours to answer now; the client waits ten minutes (RFC 5321)
+            self._handed = transaction
+            transaction.gone = self._input.ended
             reply = await self._door.intake.accept(transaction, received.content, received.head)
         elif received.trouble == "too large":
             reply = _TOO_LARGE
@@ -290,7 +317,14 @@ class Session(smtp.SMTP):
         else:
             reply = _NO_SPACE if isinstance(received.trouble, SpoolFull) else _FAULT
             self._door.journal.note("error", f"receiving content: {received.trouble}")
-        return reply if reply.positive else self._dialogue.refuse(reply, transaction.sender or "<>", ",".join(transaction.recipients))
+        return reply if reply.positive else self._refused(reply, transaction)
+
+    async def _verdict(self, transaction: Transaction, wait: Wait) -> Reply:
+        reply = await self._door.intake.verdict(wait)
+        return reply if reply.positive else self._refused(reply, transaction)
+
+    def _refused(self, reply: Reply, transaction: Transaction) -> Reply:
+        return self._dialogue.refuse(reply, transaction.sender or "<>", ",".join(transaction.recipients))
 
 
 @lru_cache(maxsize=256)

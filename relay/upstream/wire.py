@@ -54,10 +54,7 @@ class Wire(asyncio.Protocol):
 
     def write(self, *octets: bytes) -> None:
         """Hand octets to the transport, all in one go."""
-        if len(octets) == 1:
-            self._transport.write(octets[0])
-        else:
-            self._transport.writelines(octets)
+        self._transport.write(octets[0] if len(octets) == 1 else b"".join(octets))  # uvloop's writelines costs more than the copy
 
     async def replies(self, count: int, *, timeout_seconds: float, last_timeout_seconds: float = 0.0) -> list[Lines]:
         """The next `count` replies, or as many as arrived before the connection ended, if at least one did.
@@ -86,10 +83,17 @@ class Wire(asyncio.Protocol):
                 await self._wait(timeout_seconds, unsent_bytes=self._transport.get_write_buffer_size())
             if self._replies:
                 return False
-            if self._lost is not None:
-                raise self._lost
+            self._be_open()
             self._transport.write(octets)
+            self._be_open()  # a write that failed has handed nothing over
         return True
+
+    def _be_open(self) -> None:
+        """Raise Broken where the connection is lost, also when `connection_lost` is still to come in the loop's next round."""
+        if self._lost is None and self._transport.is_closing():
+            self._end(Broken(Failure.CLOSED, "the upstream closed the connection"))
+        if self._lost is not None:
+            raise self._lost
 
     async def _wait(self, timeout_seconds: float, *, unsent_bytes: int = 0) -> None:
         """Until released, or `timeout_seconds` without another reply or, where octets were unsent, without any of them going out."""

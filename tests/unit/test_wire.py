@@ -21,6 +21,7 @@ class FakeTransport(asyncio.Transport):
         self.unsent = 0
         self.largest_unsent = 0
         self.high_water = 1 << 62
+        self.breaks_after = 1 << 62
         self.state = "open"
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
@@ -30,6 +31,9 @@ class FakeTransport(asyncio.Transport):
     def write(self, data: bytes) -> None:  # type: ignore[override]
         assert self.state == "open"
         assert self.protocol is not None
+        if len(self.written) + len(data) > self.breaks_after:  # EPIPE: the protocol is told in the loop's next round
+            self.abort()
+            return
         was_below = self.unsent <= self.high_water
         self.written += data
         self.unsent += len(data)
@@ -46,6 +50,9 @@ class FakeTransport(asyncio.Transport):
 
     def get_write_buffer_size(self) -> int:
         return self.unsent
+
+    def is_closing(self) -> bool:
+        return self.state != "open"
 
     def close(self) -> None:
         self.abort("closed")
@@ -248,6 +255,25 @@ async def test_a_reply_ends_the_content(paused: bool) -> None:
     assert await wire.send(slices(), timeout_seconds=10) is False
     assert b"y" not in transport.written
     assert await wire.replies(1, timeout_seconds=1) == [[b"552 5.3.4 too large"]]
+
+
+@pytest.mark.parametrize("breaks_after", [0, 2000, 5999])
+async def test_content_whose_last_octet_could_not_be_written_is_not_handed_over(breaks_after: int) -> None:
+    wire, transport = connected()
+    transport.breaks_after = breaks_after
+    with pytest.raises(Broken) as caught:
+        await wire.send(pieces(3, 2000), timeout_seconds=10)
+    assert caught.value.failure is Failure.CLOSED
+    await wire.ended
+
+
+async def test_nothing_is_written_to_a_connection_that_is_about_to_be_lost() -> None:
+    wire, transport = connected()
+    transport.abort()
+    with pytest.raises(Broken):
+        await wire.send(pieces(1, 10), timeout_seconds=10)
+    assert transport.written == b""
+    await wire.ended
 
 
 @pytest.mark.parametrize("paused", [True, False])
