@@ -1,13 +1,14 @@
 """Get a secret from where the file says it is: the file itself, the environment, another file, systemd, a command.
 
 A secret's value leaves a `Secret` only by `reveal()`: not by print, log, repr, pickle or traceback. What goes wrong is said
-without the value and without a command's output. Nothing is kept: every call reads the source anew.
+without the value and without a command's output. A file, a systemd credential and a command are asked again by `read_again`.
 """
 
 import os
 import stat
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -49,23 +50,35 @@ class SecretError(ValueError):
 class Secret:
     """A value that must not be seen. `source` says where it came from: `env ACME_PASSWORD`, or `the file` for plain text.
 
-    No dataclass: `asdict` and a model's dump would open it.
+    `read` gets the value from there again, and blocks; None where it cannot change. No dataclass: `asdict` and a model's dump would
+    open it.
     """
 
-    __slots__ = ("_value", "source")
+    __slots__ = ("_read", "_value", "source")
 
-    def __init__(self, value: str, source: str = "the file") -> None:
+    def __init__(self, value: str, source: str = "the file", *, read: Callable[[], str] | None = None) -> None:
         self._value = value
+        self._read = read
         self.source = source
 
     def reveal(self) -> str:
         """The value, for the one place that sends it."""
         return self._value
 
+    def read_again(self) -> "Secret":
+        """The secret as its source has it now: another one, or this very one where nothing has changed. Blocks. Raises ValueError."""
+        value = self._read() if self._read is not None else self._value
+        return self if value == self._value else Secret(value, self.source, read=self._read)
+
     @property
     def is_plain(self) -> bool:
         """Whether it stood in the configuration itself."""
         return self.source == "the file"
+
+    @property
+    def is_in_file(self) -> bool:
+        """Whether it costs next to nothing to look whether it has changed."""
+        return self.source.startswith(("file ", "credential "))
 
     def __repr__(self) -> str:
         return f"Secret(from {self.source})"
@@ -80,51 +93,57 @@ class Secret:
         raise TypeError("a secret cannot be pickled")
 
 
-def resolve(source: Any, environ: Mapping[str, str], *, base: Path = Path()) -> Secret:
+def resolve(
+    source: Any, environ: Mapping[str, str], *, base: Path = Path(), check: Callable[[str], object] | None = None
+) -> Secret:  # fmt: skip
     """The secret that `source`, a string or one of the forms of the file, stands for.
 
-    `base` is where relative file names begin. Raises SecretError, also for an empty secret.
+    `base` is where relative file names begin. `check` raises ValueError for a value that is of no use, whenever one is read. Raises
+    that or SecretError, also for an empty secret.
     """
     if isinstance(source, Secret):
         return source
     if isinstance(source, str):
-        return _checked(source, "the file")
+        return Secret(_checked(lambda: source, "the file", check))
     if not isinstance(source, Mapping) or len(source) != 1:
         raise SecretError(f"must be {_FORMS}")
     ((form, where),) = source.items()
-    if form == "command":
-        return _checked(_from_command(where), f"command {where[0]}")
     if form == "encrypted":
         raise SecretError("the form {encrypted: …} is not available yet")
-    if form not in ("env", "file", "credential"):
+    if form not in ("env", "file", "credential", "command"):
         # The key may itself be a secret that someone wrote in braces: it is not repeated.
         raise SecretError(f"must be {_FORMS}")
-    if not isinstance(where, str) or not where:
+    if form != "command" and (not isinstance(where, str) or not where):
         raise SecretError(f"{form}: must name one thing, as in {_FORMS}")
     if form == "env":
         if where not in environ:
             raise SecretError(f"the environment variable {where} is not set")
-        value = environ[where]
-    elif form == "file":
-        value = _from_file(base / Path(where).expanduser())
+        return Secret(_checked(lambda: environ[where], f"env {where}", check), f"env {where}")
+    if form == "command":
+        ask, name = partial(_from_command, where), f"command {_words(where)[0]}"
     else:
-        value = _from_credential(where, environ)
-    return _checked(value, f"{form} {where}")
+        path = (base / Path(where).expanduser()).absolute() if form == "file" else _credential_path(where, environ)
+        ask, name = partial(_from_file, path), f"{form} {where}"
+    read = partial(_checked, ask, name, check)
+    return Secret(read(), name, read=read)
 
 
-def _checked(value: str, source: str) -> Secret:
+def _checked(ask: Callable[[], str], source: str, check: Callable[[str], object] | None) -> str:
+    value = ask()
     if not value:
         raise SecretError("the secret is empty" if source == "the file" else f"the secret from {source} is empty")
-    return Secret(value, source)
+    if check is not None:
+        check(value)
+    return value
 
 
-def _from_credential(name: str, environ: Mapping[str, str]) -> str:
+def _credential_path(name: str, environ: Mapping[str, str]) -> Path:
     directory = environ.get("CREDENTIALS_DIRECTORY")
     if not directory:
         raise SecretError(f"no credential {name}: $CREDENTIALS_DIRECTORY is not set; systemd sets it with LoadCredential=")
     if "/" in name or name in (".", ".."):
         raise SecretError("credential: must be a name, not a path")
-    return _from_file(Path(directory, name))
+    return Path(directory, name).absolute()
 
 
 def _from_file(path: Path) -> str:
@@ -143,9 +162,13 @@ def _from_file(path: Path) -> str:
     return _decoded(content, str(path))
 
 
-def _from_command(argv: Any) -> str:
+def _words(argv: Any) -> Sequence[str]:
     if not isinstance(argv, list | tuple) or not argv or not all(isinstance(word, str) and word for word in argv):
         raise SecretError("command: must be a list of words, such as [pass, show, relay/acme]")
+    return argv
+
+
+def _from_command(argv: Sequence[str]) -> str:
     try:
         done = subprocess.run(
             argv,

@@ -6,7 +6,7 @@ The only place where a code becomes a fate. Everything is a table, so that an op
 Laws: every (phase, event) pair has an entry; an unknown one is Deferred, never Sent.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -79,8 +79,8 @@ class Outcome(NamedTuple):
 class Row:
     """One line of the table of fates: in these phases, on this event, this is the fate.
 
-    `event` is a Failure, or a pattern over the reply: a code with `x` for any digit, and an enhanced code with `x` for any
-    number (`""`: whatever it is), and a phrase that the text must contain, in lower case (`""`: any).
+    `event` is a Failure, or a pattern over the reply: a code with `x` for any digit, an enhanced code with `x` for any number, and
+    which of the SAYINGS its text must contain; `""` for whatever it is.
     """
 
     phases: tuple[Phase, ...]
@@ -97,33 +97,70 @@ _SETUP = (Phase.RESOLVE, Phase.CONNECT, Phase.TLS, Phase.GREETING, Phase.EHLO, P
 _COMMANDS = (Phase.MAIL, Phase.RCPT, Phase.DATA)
 _BEFORE_FINAL = (*_SETUP, Phase.AUTH, *_COMMANDS, Phase.CONTENT)
 _TRANSACTION = (*_COMMANDS, Phase.CONTENT, Phase.FINAL)
-_ANY = tuple(Phase)
+_GREETED = (Phase.GREETING, Phase.EHLO, Phase.STARTTLS)  # before them nobody speaks
+_ANY = (*_GREETED, Phase.AUTH, *_TRANSACTION)
+_NOT_AUTH = (*_GREETED, *_TRANSACTION)
+_NOT_MAIL = (Phase.RCPT, Phase.DATA, Phase.FINAL)
+_NOT_RCPT = (Phase.MAIL, Phase.DATA, Phase.FINAL)
 
 _SENT, _DEFERRED, _FAILED = Status.SENT, Status.DEFERRED, Status.FAILED
 _RECIPIENT, _MESSAGE, _UPSTREAM, _CREDENTIAL = Scope.RECIPIENT, Scope.MESSAGE, Scope.UPSTREAM, Scope.CREDENTIAL
 
+#: What upstreams say in words where codes do not tell it apart: any of these phrases, in lower case.
+SAYINGS: Mapping[str, tuple[str, ...]] = {
+    "slow down": (
+        "throttl", "too many connections", "too many concurrent", "concurrent connections", "connection limit", "rate limit", "ratelimit",
+        "rate overlimit", "sending rate", "sending limit", "sending quota", "message quota", "quotaexceededexception", "daily limit",
+        "hourly limit", "emails per hour", "permitted limits", "maximum credits", "too many messages", "too much mail", "server busy",
+    ),
+    "no relaying": (
+        "relay access denied", "relaying denied", "relay not permitted", "relaying not permitted", "not permitted to relay",
+        "not allowed to relay", "unable to relay", "allowed rcpthosts", "not logged in", "client not authenticated",
+        "client was not authenticated", "requires authentication", "authentication required", "authentication is required",
+        "must authenticate",
+    ),
+    "account blocked": (
+        "banned sender", "spam abuse", "bad outbound sender", "unusual sending activity", "sending suspended", "sending paused",
+    ),
+    "not this sender": (
+        "not verified", "verified sender identity", "sendasdenied", "send as this sender", "not owned by user", "sender address rejected",
+        "sender rejected", "not authorized to send", "not allowed to send", "not authorized to perform", "domain does not pass dmarc",
+    ),
+}  # fmt: skip
+
 #: The table of fates. The first row that fits decides.
 TABLE: tuple[Row, ...] = (
-    # -- throttling: slow down, wait, no fallback --------------------------------------------------------------------
+    # -- codes that ask us to slow down: wait, no fallback ----------------------------------------------------------------
     # RFC 3207 gives 454 to a server whose TLS is broken, and many send it with 4.7.0: that is no request to slow down.
     Row((Phase.STARTTLS,), ("454", "", ""), _DEFERRED, _UPSTREAM, "TLS is not available there", fallback=True),
     Row(_ANY, ("454", "4.7.0", ""), _DEFERRED, _UPSTREAM, "throttled", throttled=True),
     Row(_ANY, ("432", "4.3.2", ""), _DEFERRED, _UPSTREAM, "throttled: too many connections", throttled=True),
     Row(_ANY, ("421", "4.7.x", ""), _DEFERRED, _UPSTREAM, "throttled", throttled=True),
+    Row(_ANY, ("421", "", "slow down"), _DEFERRED, _UPSTREAM, "throttled", throttled=True),
     Row((Phase.AUTH,), ("454", "", ""), _DEFERRED, _UPSTREAM, "temporary authentication failure", throttled=True),
-    # -- the credential is at fault, whoever the message is for ---------------------------------------------------------
+    # -- codes about everybody, whoever the message is for ----------------------------------------------------------------
+    Row(_ANY, ("421", "", ""), _DEFERRED, _UPSTREAM, "the upstream is closing the connection", fallback=True),
     Row(_ANY, ("530", "", ""), _DEFERRED, _CREDENTIAL, "the upstream wants authentication or TLS", fallback=True),
     Row(_ANY, ("534", "", ""), _DEFERRED, _CREDENTIAL, "the upstream refuses this login mechanism", fallback=True),
     Row(_ANY, ("535", "", ""), _DEFERRED, _CREDENTIAL, "the upstream refuses the credential", fallback=True),
     Row(_ANY, ("538", "", ""), _DEFERRED, _CREDENTIAL, "the upstream wants encryption for this login", fallback=True),
-    Row(_TRANSACTION, ("5xx", "", "relay access denied"), _DEFERRED, _CREDENTIAL, "not allowed to relay", fallback=True),
-    Row(_TRANSACTION, ("5xx", "", "relaying denied"), _DEFERRED, _CREDENTIAL, "not allowed to relay", fallback=True),
+    # -- one mailbox (RFC 3463 section 3.3), whose quota and rate are not ours ----------------------------------------------
+    Row((Phase.RCPT,), ("4xx", "4.2.x", ""), _DEFERRED, _RECIPIENT, "the mailbox takes nothing now"),
+    Row((Phase.RCPT,), ("5xx", "5.2.x", ""), _FAILED, _RECIPIENT, "the mailbox takes nothing"),
+    # -- words that ask us to slow down -------------------------------------------------------------------------------------
+    Row(_ANY, ("4xx", "", "slow down"), _DEFERRED, _UPSTREAM, "throttled, or a quota is used up", throttled=True),
+    Row(_NOT_AUTH, ("5xx", "", "slow down"), _DEFERRED, _UPSTREAM, "throttled, or a quota is used up", throttled=True),
+    # RFC 3463 section 3.5: the mail system is congested, which never is for good. Large providers say it of a used up quota.
+    Row(_TRANSACTION, ("5xx", "5.4.5", ""), _DEFERRED, _UPSTREAM, "a quota is used up", throttled=True),
+    # -- the credential is at fault -----------------------------------------------------------------------------------------
+    Row(_TRANSACTION, ("4xx", "", "no relaying"), _DEFERRED, _CREDENTIAL, "not allowed to relay", fallback=True),
+    Row(_TRANSACTION, ("5xx", "", "no relaying"), _DEFERRED, _CREDENTIAL, "not allowed to relay", fallback=True),
+    Row(_NOT_RCPT, ("5xx", "", "account blocked"), _DEFERRED, _CREDENTIAL, "the account may not send", fallback=True),
     Row((Phase.AUTH,), ("5xx", "", ""), _DEFERRED, _CREDENTIAL, "authentication refused", fallback=True),
     Row((Phase.AUTH,), ("4xx", "", ""), _DEFERRED, _UPSTREAM, "authentication deferred", fallback=True),
     Row((Phase.AUTH,), Failure.LACKING, _DEFERRED, _CREDENTIAL, "no usable login mechanism is offered", fallback=True),
     # -- the upstream is at fault -----------------------------------------------------------------------------------------
-    Row(_ANY, ("421", "", ""), _DEFERRED, _UPSTREAM, "the upstream is closing the connection", fallback=True),
-    Row(_SETUP, ("xxx", "", ""), _DEFERRED, _UPSTREAM, "the session could not be opened", fallback=True),
+    Row(_GREETED, ("xxx", "", ""), _DEFERRED, _UPSTREAM, "the session could not be opened", fallback=True),
     Row((Phase.MAIL,), Failure.LACKING, _FAILED, _UPSTREAM, "the upstream lacks what this message needs", fallback=True),
     Row((Phase.FINAL,), Failure.TIMEOUT, _DEFERRED, _UPSTREAM, "no reply after the last octet", in_doubt=True),
     Row((Phase.FINAL,), Failure.CLOSED, _DEFERRED, _UPSTREAM, "connection lost after the last octet", in_doubt=True),
@@ -137,8 +174,8 @@ TABLE: tuple[Row, ...] = (
     # -- the sender may not use this upstream: another one may take it ---------------------------------------------------
     Row((Phase.MAIL,), ("5xx", "5.7.x", ""), _FAILED, _UPSTREAM, "this sender is not permitted", fallback=True),
     Row((Phase.MAIL,), ("553", "", ""), _FAILED, _UPSTREAM, "this sender is not permitted", fallback=True),
-    Row((Phase.DATA, Phase.FINAL), ("5xx", "5.7.60", ""), _FAILED, _UPSTREAM, "may not send as this From", fallback=True),
-    Row((Phase.FINAL,), ("554", "", "not verified"), _FAILED, _UPSTREAM, "the From is not verified there", fallback=True),
+    Row(_NOT_MAIL, ("5xx", "5.7.60", ""), _FAILED, _UPSTREAM, "may not send as this From", fallback=True),
+    Row(_TRANSACTION, ("5xx", "", "not this sender"), _FAILED, _UPSTREAM, "this sender or From is not permitted", fallback=True),
     # -- this recipient or this message -----------------------------------------------------------------------------------
     Row((Phase.RCPT,), ("2xx", "", ""), _DEFERRED, _UPSTREAM, "taken, and the transaction went no further"),
     Row((Phase.RCPT,), ("4xx", "", ""), _DEFERRED, _RECIPIENT, "the recipient is deferred"),
@@ -201,12 +238,12 @@ def _outcome(row: Row, phase: Phase, reply: Reply) -> Outcome:
 def _fits(pattern: Failure | tuple[str, str, str], event: Reply | Failure) -> bool:
     if isinstance(pattern, Failure) or isinstance(event, Failure):
         return pattern is event
-    code, enhanced, phrase = pattern
+    code, enhanced, saying = pattern
     if not all(p in ("x", digit) for p, digit in zip(code, f"{event.code:03}", strict=True)):
         return False
     if enhanced and not _fits_enhanced(enhanced, event.enhanced):
         return False
-    return phrase in event.text.lower()
+    return not saying or any(map(event.text.lower().__contains__, SAYINGS[saying]))
 
 
 def _fits_enhanced(pattern: str, enhanced: str) -> bool:

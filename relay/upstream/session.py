@@ -35,12 +35,12 @@ class CannotOpen(Exception):
 
 
 class Session:
-    """One open, authenticated session. Carries one transaction at a time."""
+    """One open, authenticated session. Carries one transaction at a time. `upstream`: the settings that it was opened with."""
 
     def __init__(self, wire: Wire, offer: Offer, upstream: Upstream) -> None:
+        self.upstream = upstream
         self._wire = wire
         self._offer = offer
-        self._upstream = upstream
         self._dirty = False
         self._botched = False
         self.messages = 0
@@ -48,11 +48,11 @@ class Session:
     @property
     def usable(self) -> bool:
         """Whether another message may be sent over it."""
-        return not self._botched and self._wire.lost is None and self.messages < self._upstream.limits.messages_per_connection
+        return not self._botched and self._wire.lost is None and self.messages < self.upstream.limits.messages_per_connection
 
     async def send(self, message: Outgoing) -> list[Outcome]:
         """One outcome for each recipient, in their order. Raises Stale when the session had ended while it was idle."""
-        transaction = Transaction(self._wire, self._offer, self._upstream.timeouts, message)
+        transaction = Transaction(self._wire, self._offer, self.upstream.timeouts, message)
         self._botched = True  # until proven otherwise: a cancelled transaction leaves the session out of step
         outcomes = await transaction.run(reused=self.messages > 0, reset=self._dirty)
         self._botched, self._dirty = transaction.botched, transaction.dirty
@@ -137,7 +137,7 @@ async def _greet(client: aiosmtplib.SMTP, host: str, upstream: Upstream) -> None
     try:
         await client.ehlo(timeout=timeout)
     except aiosmtplib.SMTPHeloError as error:
-        if error.code not in (500, 502, 504) or upstream.security == "starttls" or _logs_in(upstream):
+        if error.code not in (500, 502, 504) or upstream.security == "starttls" or logs_in(upstream):
             _refuse(Phase.EHLO, error, host)
         await _step(Phase.EHLO, client.helo(timeout=timeout), host, upstream)
     except (aiosmtplib.SMTPException, OSError) as error:
@@ -158,7 +158,7 @@ async def _start_tls(client: aiosmtplib.SMTP, host: str, upstream: Upstream, con
 
 
 async def _authenticate(client: aiosmtplib.SMTP, host: str, upstream: Upstream) -> None:
-    if not _logs_in(upstream):
+    if not logs_in(upstream):
         return
     assert upstream.username is not None and upstream.password is not None, "the configuration has both or none"
     offered = [mechanism.lower() for mechanism in client.server_auth_methods]
@@ -219,7 +219,8 @@ def _fail(phase: Phase, failure: Failure, text: str) -> NoReturn:
     raise CannotOpen(outcome_of_failure(phase, failure, text)) from None
 
 
-def _logs_in(upstream: Upstream) -> bool:
+def logs_in(upstream: Upstream) -> bool:
+    """Whether mail goes there with a login."""
     return upstream.username is not None and upstream.auth != "none"
 
 

@@ -24,7 +24,8 @@ class Outgoing(NamedTuple):
     """A message as it goes to one upstream: rewritten, not yet dot-stuffed.
 
     `octets` is the whole content, or its beginning when `rest` gives the remainder in slices, from a file. `size` in octets.
-    `dotted`: a line may begin with a dot. `ret` and `envid` are RFC 3461's, as the client gave them.
+    `dotted`: a line may begin with a dot. `ret` and `envid` are RFC 3461's, as the client gave them. `smtputf8`: an address needs it;
+    `utf8_header`: the client declared it for the header alone, which goes with 8BITMIME where it is not offered, as others' do.
     """
 
     sender: str
@@ -37,6 +38,7 @@ class Outgoing(NamedTuple):
     dotted: bool = True
     ret: str = ""
     envid: str = ""
+    utf8_header: bool = False
 
 
 class Offer(NamedTuple):
@@ -194,7 +196,7 @@ class Transaction:
         parameters = b" SIZE=%d" % message.size if offer.size else b""
         if offer.eight_bit and message.eight_bit:
             parameters += b" BODY=8BITMIME"
-        if message.smtputf8:
+        if message.smtputf8 or (message.utf8_header and offer.smtputf8):
             parameters += b" SMTPUTF8"
         if offer.dsn and (message.ret or message.envid):
             parameters += _parameter(b"RET", message.ret) + _parameter(b"ENVID", message.envid)

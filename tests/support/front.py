@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -26,8 +26,9 @@ from relay.listener.door import Door
 from relay.mail.header import separator, split
 from relay.observe.journal import Journal
 from relay.routing import Router
-from relay.spool.base import Claim, Content, ContentWriter, Draft, Lane
+from relay.spool.base import Claim, Content, ContentWriter, Draft, Lane, SpoolError, SpoolFull
 from relay.spool.memory import MemorySpool
+from relay.spool.wait import Waits
 from tests.support.client import Client
 
 HOSTNAME = "relay.example"
@@ -89,8 +90,8 @@ class FaultySpool(MemorySpool):
         self.gate: asyncio.Event | None = None  # what is put waits for it
         self.write_gate: asyncio.Event | None = None  # what is written to a file waits for it
 
-    def unhealthy(self) -> str | None:
-        return self.ill
+    def obstacle(self, size: int = 0) -> SpoolError | None:
+        return SpoolFull(self.ill) if self.ill is not None else None
 
     def writer(self) -> ContentWriter:
         if self.open_error is not None:
@@ -144,7 +145,9 @@ class NotingDispatch:
         self.reserved: Counter[Lane] = Counter()
         self.started: list[Claim] = []
         self.woken: list[tuple[Lane, float]] = []
+        self.sending: set[tuple[str, str]] = set()  # messages, and the upstreams to which they are being sent
         self.start_error: Exception | None = None
+        self.pausing: set[str] = set()
 
     def reserve(self, lane: Lane) -> bool:
         if self.reserved[lane] >= self.slots:
@@ -163,6 +166,12 @@ class NotingDispatch:
 
     def wake(self, lane: Lane, when: float) -> None:
         self.woken.append((lane, when))
+
+    def paused(self, lane: Lane) -> bool:
+        return lane.upstream in self.pausing
+
+    def attempting(self, message_id: str, upstreams: Collection[str]) -> bool:
+        return any((message_id, upstream) in self.sending for upstream in upstreams)
 
     @property
     def outstanding(self) -> int:
@@ -183,7 +192,8 @@ class Front:
         self._log = directory / "journal.log"
         self._descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._journal: Journal | None = Journal(self.clock, format="json", level="debug", descriptor=self._descriptor)
-        self.intake = Intake(self.config, Router(self.config), self.spool, self.dispatch, self._journal, self.clock)
+        self.waits = Waits()
+        self.intake = Intake(self.config, Router(self.config), self.spool, self.dispatch, self._journal, self.clock, waits=self.waits)
         numbers = itertools.count(1)
         self.door = Door(
             self.config.listeners[0], self.intake, self._journal, hostname=HOSTNAME, new_session_id=lambda: f"S{next(numbers)}"

@@ -13,9 +13,13 @@ Phase = Literal["connect", "greeting", "ehlo", "starttls", "tls", "auth", "mail"
 
 @dataclass(frozen=True, slots=True)
 class Say:
-    """Reply with these octets instead; CRLF is added if missing. A 2xx or 3xx lets the session go on; after 421 it is closed."""
+    """Reply with these octets instead; CRLF is added if missing. A 2xx or 3xx lets the session go on; after 421 it is closed.
+
+    In the content phase: after so many octets of it, and then read on.
+    """
 
     octets: bytes
+    after: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,7 @@ class Drip:
     """Like Say, in one segment per octet. Without octets: what would have been said anyway."""
 
     octets: bytes = b""
+    after: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,7 @@ class Half:
     """Send the first half of this reply and close."""
 
     octets: bytes = b"250 2.0.0 Ok"
+    after: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,7 @@ class Garbage:
     """Send something that is no SMTP reply, and no TLS record either."""
 
     octets: bytes = b"\x00\xff garbage \x16\x80\r\n"
+    after: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,13 +28,19 @@ Event = dict[str, Any]
 
 
 class RelayProcess:
-    """One relay with a directory of its own: its configuration, its log, and its working directory."""
+    """One relay with a directory of its own: its configuration, its log, and its working directory.
 
-    def __init__(self, config: str, *, directory: Path, environment: Mapping[str, str] | None = None) -> None:
+    `launch`: Python to run instead of the console script; a test's own program that becomes a relay.
+    """
+
+    def __init__(
+        self, config: str, *, directory: Path, environment: Mapping[str, str] | None = None, launch: str = _LAUNCH
+    ) -> None:  # fmt: skip
         self.directory = directory
         self.config_file = directory / "config.yaml"
         self.log_file = directory / "relay.log"
         self.config_file.write_text(config)
+        self._launch = launch
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
         self._environment = {**inherited, "PYTHONPATH": str(REPOSITORY), **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
@@ -58,7 +64,7 @@ class RelayProcess:
         self._started_at = len(self.log())
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _LAUNCH, "serve", "-c", str(self.config_file)],
+                [sys.executable, "-c", self._launch, "serve", "-c", str(self.config_file)],
                 cwd=self.directory,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,

@@ -316,7 +316,7 @@ class Session:
     async def _content(self, transaction: Transaction) -> None:
         """Read up to CRLF.CRLF. What came is on record at any moment that a script may end it."""
         action = self._take("content")
-        limit = action.after if isinstance(action, Close | Reset | Hang | Hold) else 0
+        limit = action.after if action else 0
         raw = bytearray(b"\r\n")  # the end may be the very first line (RFC 5321 section 4.1.1.4)
         scanned = 0
         octets, self._buffer = self._buffer, b""

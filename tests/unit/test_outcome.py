@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 
 from relay.mail.outcome import (
+    SAYINGS,
     TABLE,
     Failure,
     Outcome,
@@ -16,11 +17,12 @@ from relay.mail.outcome import (
     row_for,
     rows_by_phase,
 )
-from relay.mail.reply import Reply
+from relay.mail.reply import Reply, parse_reply
 
-TEXTS = ("", "Ok", "Relay access denied", "Relaying denied", "Email address is not verified", "Try again later")
-ENHANCED = ("", "2.0.0", "4.3.2", "4.7.0", "4.7.28", "5.1.1", "5.7.1", "5.7.60", "5.7", "nonsense")
+TEXTS = ("", "Ok", "Try again later", *(phrases[-1].capitalize() for phrases in SAYINGS.values()))
+ENHANCED = ("", "2.0.0", "4.2.1", "4.3.2", "4.7.0", "4.7.28", "5.1.1", "5.2.252", "5.4.5", "5.7.1", "5.7.60", "5.7", "nonsense")
 BEFORE_FINAL = tuple(phase for phase in Phase if phase is not Phase.FINAL)
+SPOKEN = tuple(Phase)[tuple(Phase).index(Phase.GREETING) :]  # nobody replies before
 SETUP = (Phase.RESOLVE, Phase.CONNECT, Phase.TLS, Phase.GREETING, Phase.EHLO, Phase.STARTTLS)
 
 SENT, DEFERRED, FAILED = Status.SENT, Status.DEFERRED, Status.FAILED
@@ -113,16 +115,16 @@ def test_a_message_in_doubt_is_only_one_without_an_answer() -> None:
         ((Phase.STARTTLS,), 454, "4.7.0", "TLS not available", (DEFERRED, UPSTREAM, "fallback")),
         ((Phase.AUTH,), 435, "", "", (DEFERRED, UPSTREAM, "fallback")),
         # credential
-        (tuple(Phase), 530, "5.7.0", "", (DEFERRED, CREDENTIAL, "fallback")),
-        (tuple(Phase), 534, "5.7.9", "", (DEFERRED, CREDENTIAL, "fallback")),
-        (tuple(Phase), 535, "5.7.8", "", (DEFERRED, CREDENTIAL, "fallback")),
-        (tuple(Phase), 538, "5.7.11", "", (DEFERRED, CREDENTIAL, "fallback")),
+        (SPOKEN, 530, "5.7.0", "", (DEFERRED, CREDENTIAL, "fallback")),
+        (SPOKEN, 534, "5.7.9", "", (DEFERRED, CREDENTIAL, "fallback")),
+        (SPOKEN, 535, "5.7.8", "", (DEFERRED, CREDENTIAL, "fallback")),
+        (SPOKEN, 538, "5.7.11", "", (DEFERRED, CREDENTIAL, "fallback")),
         ((Phase.AUTH,), 500, "", "", (DEFERRED, CREDENTIAL, "fallback")),
         ((Phase.RCPT, Phase.MAIL, Phase.DATA), 554, "5.7.1", "<a@b.c>: Relay access denied", (DEFERRED, CREDENTIAL, "fallback")),
         # throttling
-        (tuple(set(Phase) - {Phase.STARTTLS}), 454, "4.7.0", "", (DEFERRED, UPSTREAM, "throttled")),
-        (tuple(Phase), 432, "4.3.2", "", (DEFERRED, UPSTREAM, "throttled")),
-        (tuple(Phase), 421, "4.7.28", "", (DEFERRED, UPSTREAM, "throttled")),
+        (tuple(set(SPOKEN) - {Phase.STARTTLS}), 454, "4.7.0", "", (DEFERRED, UPSTREAM, "throttled")),
+        (SPOKEN, 432, "4.3.2", "", (DEFERRED, UPSTREAM, "throttled")),
+        (SPOKEN, 421, "4.7.28", "", (DEFERRED, UPSTREAM, "throttled")),
         ((Phase.AUTH,), 454, "", "", (DEFERRED, UPSTREAM, "throttled")),
         # permission
         ((Phase.MAIL,), 550, "5.7.1", "", (FAILED, UPSTREAM, "fallback")),
@@ -146,8 +148,102 @@ def test_a_reply_means_what_the_contract_says(
 ) -> None:
     for phase in phases:
         outcome = outcome_of_reply(phase, Reply(code, enhanced, text))
-        flags = (("in doubt", outcome.in_doubt), ("throttled", outcome.throttled), ("fallback", outcome.fallback))
-        assert (outcome.status, outcome.scope, " ".join(word for word, holds in flags if holds)) == expected, phase
+        assert (outcome.status, outcome.scope, flags_of(outcome)) == expected, phase
+
+
+def flags_of(outcome: Outcome) -> str:
+    flags = (("in doubt", outcome.in_doubt), ("throttled", outcome.throttled), ("fallback", outcome.fallback))
+    return " ".join(word for word, holds in flags if holds)
+
+
+# What servers say, in their own words, and what must follow from it.
+WORDS = [
+    # Postfix
+    (Phase.RCPT, "554 5.7.1 <you@example.org>: Relay access denied", DEFERRED, CREDENTIAL, "fallback"),
+    (Phase.RCPT, "454 4.7.1 <you@example.org>: Relay access denied", DEFERRED, CREDENTIAL, "fallback"),
+    (Phase.RCPT, "553 5.7.1 <app@acme.example>: Sender address rejected: not owned by user globex", FAILED, UPSTREAM, "fallback"),
+    (Phase.RCPT, "553 5.7.1 <app@acme.example>: Sender address rejected: not logged in", DEFERRED, CREDENTIAL, "fallback"),
+    (Phase.RCPT, "450 4.1.8 <app@acme.example>: Sender address rejected: Domain not found", DEFERRED, RECIPIENT, ""),
+    (Phase.GREETING, "421 4.7.0 mx Error: too many connections from 192.0.2.1", DEFERRED, UPSTREAM, "throttled"),
+    (Phase.MAIL, "450 4.7.1 Error: too much mail from 192.0.2.1", DEFERRED, UPSTREAM, "throttled"),
+    (Phase.RCPT, "452 4.5.3 Error: too many recipients", DEFERRED, RECIPIENT, ""),
+    (Phase.MAIL, "452 4.3.1 Insufficient system storage", DEFERRED, MESSAGE, ""),
+    (Phase.RCPT, "450 4.2.0 <you@example.org>: Recipient address rejected: Greylisted", DEFERRED, RECIPIENT, ""),
+    (Phase.MAIL, "552 5.3.4 Message size exceeds fixed limit", FAILED, MESSAGE, ""),
+    # Exim, Sendmail, OpenSMTPD, qmail, Dovecot, cPanel
+    (Phase.RCPT, "550 relay not permitted", DEFERRED, CREDENTIAL, "fallback"),
+    (Phase.RCPT, "550 5.7.1 <you@example.org>... Relaying denied. Proper authentication required.", DEFERRED, CREDENTIAL, "fallback"),
+    (Phase.RCPT, "553 sorry, that domain isn't in my list of allowed rcpthosts (#5.7.1)", DEFERRED, CREDENTIAL, "fallback"),
+    (Phase.RCPT, "450 4.7.1 Sender rate overlimit - 61.2 / 1h", DEFERRED, UPSTREAM, "throttled"),
+    (Phase.FINAL, "451 4.7.1 Ratelimit for the mailbox exceeded", DEFERRED, UPSTREAM, "throttled"),
+    (Phase.FINAL, "550 Domain acme.example has exceeded the max emails per hour (150/150 (100%)) allowed", DEFERRED, UPSTREAM, "throttled"),
+    (Phase.GREETING, "554 5.3.2 Too many connections", DEFERRED, UPSTREAM, "throttled"),
+    # Exchange and Microsoft 365
+    (Phase.RCPT, "550 5.7.1 Unable to relay", DEFERRED, CREDENTIAL, "fallback"),
+    (Phase.RCPT, "550 5.7.54 SMTP; Unable to relay recipient in non-accepted domain", DEFERRED, CREDENTIAL, "fallback"),
+    (Phase.MAIL, "530 5.7.57 Client not authenticated to send mail", DEFERRED, CREDENTIAL, "fallback"),
+    (Phase.MAIL, "550 5.7.57 SMTP; Client was not authenticated to send anonymous mail during MAIL FROM", DEFERRED, CREDENTIAL, "fallback"),
+    (Phase.AUTH, "535 5.7.139 Authentication unsuccessful, basic authentication is disabled", DEFERRED, CREDENTIAL, "fallback"),
+    (Phase.FINAL, "550 5.7.60 SMTP; Client does not have permissions to send as this sender", FAILED, UPSTREAM, "fallback"),
+    (Phase.RCPT, "550 5.7.60 SMTP; Client does not have permissions", FAILED, UPSTREAM, "fallback"),
+    (Phase.FINAL, "554 5.2.252 SendAsDenied; a@acme.example not allowed to send as b@acme.example", FAILED, UPSTREAM, "fallback"),
+    (Phase.FINAL, "554 5.2.0 STOREDRV.Submission.Exception:SendAsDeniedException.MapiExceptionSendAsDenied", FAILED, UPSTREAM, "fallback"),
+    (Phase.FINAL, "554 5.2.0 STOREDRV.Submission.Exception:SubmissionQuotaExceededException", DEFERRED, UPSTREAM, "throttled"),
+    (Phase.FINAL, "432 4.3.2 STOREDRV.ClientSubmit; sender thread limit exceeded", DEFERRED, UPSTREAM, "throttled"),
+    (Phase.GREETING, "421 4.3.2 The maximum number of concurrent connections has exceeded a limit", DEFERRED, UPSTREAM, "throttled"),
+    (Phase.MAIL, "421 4.3.2 Service not active", DEFERRED, UPSTREAM, "fallback"),
+    (Phase.MAIL, "451 4.7.500 Server busy. Please try again later", DEFERRED, UPSTREAM, "throttled"),
+    (Phase.FINAL, "550 5.7.232 Your message can't be sent because your tenant exceeded its daily limit", DEFERRED, UPSTREAM, "throttled"),
+    (Phase.FINAL, "550 5.7.508 Access denied, 192.0.2.1 has exceeded permitted limits", DEFERRED, UPSTREAM, "throttled"),
+    (Phase.FINAL, "550 5.7.501 Access denied, spam abuse detected", DEFERRED, CREDENTIAL, "fallback"),
+    (Phase.MAIL, "550 5.7.502 Access denied, banned sender", DEFERRED, CREDENTIAL, "fallback"),
+    (Phase.FINAL, "550 5.1.8 Access denied, bad outbound sender", DEFERRED, CREDENTIAL, "fallback"),
+    (Phase.RCPT, "550 5.7.505 Access denied, banned recipient", FAILED, RECIPIENT, ""),
+    (Phase.FINAL, "550 5.7.509 Access denied, sending domain does not pass DMARC verification", FAILED, UPSTREAM, "fallback"),
+    # Google
+    (Phase.AUTH, "454 4.7.0 Too many login attempts, please try again later", DEFERRED, UPSTREAM, "throttled"),
+    (Phase.AUTH, "534 5.7.9 Application-specific password required", DEFERRED, CREDENTIAL, "fallback"),
+    (Phase.MAIL, "421 4.7.0 Try again later, closing connection", DEFERRED, UPSTREAM, "throttled"),
+    (Phase.FINAL, "550 5.4.5 Daily user sending limit exceeded", DEFERRED, UPSTREAM, "throttled"),
+    (Phase.DATA, "550 5.4.5 Daily sending quota exceeded", DEFERRED, UPSTREAM, "throttled"),
+    (Phase.MAIL, "550 5.4.5 Come back tomorrow", DEFERRED, UPSTREAM, "throttled"),
+    (Phase.RCPT, "452 4.2.2 The recipient's inbox is out of storage space and has a message quota", DEFERRED, RECIPIENT, ""),
+    (Phase.RCPT, "450 4.2.1 The user is receiving mail too quickly, rate limit", DEFERRED, RECIPIENT, ""),
+    (Phase.RCPT, "550 5.2.1 The account is throttled", FAILED, RECIPIENT, ""),
+    (Phase.FINAL, "550 5.7.26 This mail is unauthenticated, which poses a security risk", FAILED, MESSAGE, ""),
+    # Amazon, SendGrid, Zoho
+    (Phase.FINAL, "454 Throttling failure: Maximum sending rate exceeded.", DEFERRED, UPSTREAM, "throttled"),
+    (Phase.MAIL, "454 Throttling failure: Daily message quota exceeded.", DEFERRED, UPSTREAM, "throttled"),
+    (Phase.FINAL, "554 Message rejected: Email address is not verified.", FAILED, UPSTREAM, "fallback"),
+    (Phase.FINAL, "554 Message rejected: Sending suspended for this account.", DEFERRED, CREDENTIAL, "fallback"),
+    (Phase.FINAL, "554 Access denied: User `x` is not authorized to perform `ses:SendRawEmail`", FAILED, UPSTREAM, "fallback"),
+    (Phase.FINAL, "550 The from address does not match a verified Sender Identity.", FAILED, UPSTREAM, "fallback"),
+    (Phase.AUTH, "451 Authentication failed: Maximum credits exceeded", DEFERRED, UPSTREAM, "throttled"),
+    (Phase.FINAL, "550 5.4.6 Unusual sending activity detected.", DEFERRED, CREDENTIAL, "fallback"),
+    # not what they look like
+    (Phase.FINAL, "250 2.0.0 Ok, relay access denied to nobody, throttling off", SENT, MESSAGE, ""),
+    (Phase.AUTH, "535 5.7.8 Too many messages from you, rate limit", DEFERRED, CREDENTIAL, "fallback"),
+    (Phase.FINAL, "552 5.2.2 Mailbox quota exceeded", FAILED, MESSAGE, ""),
+    (Phase.FINAL, "554 5.7.1 Message contains a virus", FAILED, MESSAGE, ""),
+    (Phase.STARTTLS, "454 4.7.0 TLS not available due to local problem", DEFERRED, UPSTREAM, "fallback"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("phase", "said", "status", "scope", "then"), WORDS, ids=[said for _, said, *_ in WORDS])
+def test_the_words_of_real_servers_are_understood(phase: Phase, said: str, status: Status, scope: Scope, then: str) -> None:
+    outcome = outcome_of_reply(phase, parse_reply([said.encode()]))
+    assert (outcome.status, outcome.scope, flags_of(outcome)) == (status, scope, then)
+    check_laws(outcome)
+
+
+def test_each_phrase_is_heard_in_any_case_and_decides() -> None:
+    """With codes that alone would say something else."""
+    for saying, phrases in SAYINGS.items():
+        rows = [row for row in TABLE if not isinstance(row.event, Failure) and row.event[2] == saying]
+        assert rows
+        for phrase, text in product(phrases, ("{}", "<a@b.c>: {}, sorry", "go away: {}")):
+            assert phrase == phrase.lower()
+            assert row_for(Phase.DATA, Reply(550, "", text.format(phrase.upper()))) in rows, phrase
 
 
 def test_each_row_decides_something() -> None:

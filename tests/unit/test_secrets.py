@@ -112,3 +112,63 @@ def test_secrets_compare_by_value_and_can_be_keys() -> None:
 def test_only_text_in_the_file_is_plain() -> None:
     assert resolve(VALUE, {}).is_plain
     assert not resolve({"env": "A"}, {"A": VALUE}).is_plain
+
+
+# -- read again ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["file", "credential", "command"])
+def test_a_secret_is_read_again_from_where_it_was(form: str, vault: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source: Any = {form: ["cat", str(vault / "line")] if form == "command" else "line"}
+    environ = {"CREDENTIALS_DIRECTORY": "."}
+    monkeypatch.chdir(vault)
+    secret = resolve(source, environ)
+    monkeypatch.chdir("/")
+    environ.clear()
+    assert secret.read_again() is secret
+    (vault / "line").write_text("another\n")
+    again = secret.read_again()
+    assert (again.reveal(), again.source) == ("another", secret.source)
+    assert secret.reveal() == VALUE
+    assert again.read_again() is again
+    (vault / "line").unlink()
+    with pytest.raises(SecretError) as caught:
+        again.read_again()
+    assert "another" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_text_and_the_environment_stay_as_they_are() -> None:
+    environ = {"PASSWORD": VALUE}
+    secret = resolve({"env": "PASSWORD"}, environ)
+    environ["PASSWORD"] = "another"
+    assert secret.read_again() is secret
+    assert Secret(VALUE).read_again().reveal() == VALUE
+
+
+def test_a_secret_of_no_use_is_none_the_second_time_either(vault: Path) -> None:
+    def check(value: str) -> None:
+        if "\n" in value:
+            raise ValueError("one line")
+
+    with pytest.raises(ValueError, match="one line"):
+        resolve({"file": "two"}, {}, base=vault, check=check)
+    secret = resolve({"file": "line"}, {}, base=vault, check=check)
+    (vault / "line").write_text("a\nb\n")
+    with pytest.raises(ValueError, match="one line"):
+        secret.read_again()
+
+
+def test_a_secret_that_was_read_again_is_as_shy_as_before(vault: Path) -> None:
+    secret = resolve({"file": "line"}, {}, base=vault)
+    (vault / "line").write_text("another")
+    again = secret.read_again()
+    assert repr(again) == repr(secret) == "Secret(from file line)"
+    assert VALUE not in repr(secret._read)
+    with pytest.raises(TypeError):
+        pickle.dumps(again)
+
+
+@pytest.mark.parametrize(("source", "expected"), [({"file": "line"}, True), ({"credential": "line"}, True), (VALUE, False)])
+def test_only_files_are_cheap_to_look_at(source: Any, expected: bool, vault: Path) -> None:
+    assert resolve(source, {"CREDENTIALS_DIRECTORY": str(vault)}, base=vault).is_in_file is expected
+    assert not resolve({"command": ["cat", str(vault / "line")]}, {}).is_in_file
