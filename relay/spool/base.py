@@ -7,10 +7,12 @@ expires; settling with a stale token changes nothing and raises LeaseLost. A set
 time are durable together, and content is removed only after the last recipient is accounted for.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NewType, Protocol
 
+from relay.mail.address import patterns_for
 from relay.mail.envelope import NO_ORIGIN, NO_SUMMARY, Envelope, Origin, Summary
 from relay.mail.outcome import Outcome
 
@@ -31,6 +33,10 @@ class SpoolFull(SpoolError):
 
 class SpoolInUse(SpoolError):
     """Another relay holds this directory."""
+
+
+class SpoolDamaged(SpoolError):
+    """What is in the directory is no spool that this relay can read. Trying again changes nothing; a person must act."""
 
 
 class LeaseLost(Exception):
@@ -61,7 +67,7 @@ class Draft(NamedTuple):
     """One message for one lane, before custody.
 
     `prefix` are the header fields that we made at intake (Received, missing Message-ID and Date): they go before the content,
-    whose bytes are never edited. `due`: seconds since the epoch. `held`: a reason to keep it until somebody releases it.
+    whose bytes are never edited. `due`: seconds since the epoch.
     Drafts of one `put` that carry the same `content` object share it on disk: a message split over several routes.
     """
 
@@ -79,7 +85,8 @@ class Draft(NamedTuple):
 class Claim(NamedTuple):
     """An exclusive right to attempt one message until `lease_until` (seconds since the epoch).
 
-    `attempt` counts from 1.
+    `attempt` counts from 1. A claim by `overdue` or `take` is for ending the message, not for trying it: its token is negative, its
+    `attempt` is the last one begun (0: none), and `held` says why the message was held, if it was.
     """
 
     id: MessageId
@@ -93,12 +100,14 @@ class Claim(NamedTuple):
     prefix: bytes = b""
     origin: Origin = NO_ORIGIN
     summary: Summary = NO_SUMMARY
+    held: str = ""
 
 
 class Next(NamedTuple):
     """What becomes of the recipients that are still to be served: due at `when` (seconds since the epoch) in `lane`.
 
-    `counted`: whether the attempt that ends here counts (a throttled one does not). `held`: why nobody shall try, or `""`.
+    `counted`: whether the attempt that ends here counts (a throttled one does not). `held`: why nobody shall try, or `""`; then
+    `when` is when the message is given up (infinity: only by an operator).
     """
 
     when: float
@@ -110,7 +119,8 @@ class Next(NamedTuple):
 class Settlement(NamedTuple):
     """The end of one claim: an outcome for every recipient it had, what is next for those deferred, and the bounce, if any.
 
-    `tried`: False when the message goes elsewhere without an attempt: nothing for the delivery log, and its last reply stays.
+    `tried`: False when the message goes elsewhere without an attempt: nothing for the delivery log but that it is held, and its last
+    reply stays.
     """
 
     claim: Claim
@@ -121,7 +131,10 @@ class Settlement(NamedTuple):
 
 
 class Queued(NamedTuple):
-    """The operator's view of one queued message. `state` is one of due, active, deferred, held."""
+    """The operator's view of one queued message. `state` is one of due, active, deferred, held.
+
+    `due` of a held message: when it is given up. What damage has made unreadable is empty.
+    """
 
     id: MessageId
     state: str
@@ -138,7 +151,10 @@ class Queued(NamedTuple):
 
 
 class LogEntry(NamedTuple):
-    """One recipient's result of one attempt, from the delivery log. `delay`: seconds from acceptance to this result."""
+    """What became of one recipient, from the delivery log: the result of an attempt, or held, released or dropped without one.
+
+    `delay`: seconds from acceptance to this result. `report`: the report that the same attempt made to the sender, or `""`.
+    """
 
     time: float
     id: MessageId
@@ -152,6 +168,40 @@ class LogEntry(NamedTuple):
     reply: str
     created: float
     summary: Summary = NO_SUMMARY
+    report: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which messages or results an operator asks for; what is left empty selects all.
+
+    `sender` and `recipient` are conditions as routes have them, in the form in which they compare: an address, a domain, `*.domain`
+    or `<>`. `state`: that of a queued message, or the status in the delivery log. `older_than`: seconds since acceptance or since
+    the result.
+    """
+
+    ids: frozenset[str] = frozenset()
+    route: str = ""
+    upstream: str = ""
+    sender: str = ""
+    recipient: str = ""
+    state: str = ""
+    older_than: float | None = None
+
+    def admits(self, sender: str, recipients: Iterable[str]) -> bool:
+        """Whether the sender and one of the recipients are as asked for."""
+        if not _meets(self.sender, sender):
+            return False
+        return not self.recipient or any(_meets(self.recipient, address) for address in recipients)
+
+
+EVERYTHING = Selection()
+
+
+def _meets(condition: str, address: str) -> bool:
+    if condition == "<>":
+        return not address
+    return not condition or condition in patterns_for(address)
 
 
 class ContentWriter(Protocol):
@@ -202,12 +252,43 @@ class Spool(Protocol):
     async def next_due(self) -> Mapping[Lane, float]:
         """When each lane that has waiting mail is due next. Held mail does not count.
 
-        Leases end here, not by themselves: what was claimed for too long waits again, in doubt.
+        Leases end here, not by themselves: what was claimed for too long waits again, in doubt if it was claimed to be tried.
         """
         ...
 
+    async def overdue(self, limit: int) -> Sequence[Claim]:
+        """Claim up to `limit` held messages whose time is up, to be given up. What is held without end is never among them."""
+        ...
+
+    # The operator's verbs. None touches a message that is being attempted. Each works in steps, so that a long queue stops nobody:
+    # a message that comes or goes meanwhile may have escaped it.
+
+    async def hold(self, selection: Selection, reason: str) -> Sequence[MessageId]:
+        """Hold without end, what is held until a certain time too. Answers which; not those that were held without end already."""
+        ...
+
+    async def release(self, selection: Selection) -> Sequence[Next]:
+        """Make held mail due now. Answers what is due, and where: one for each message."""
+        ...
+
+    async def reschedule(self, selection: Selection) -> Sequence[Next]:
+        """Make mail that waits, and is not held, due now. Answers what is due, and where: one for each message."""
+        ...
+
+    async def drop(self, selection: Selection) -> Sequence[MessageId]:
+        """Remove mail with its content. Answers which."""
+        ...
+
+    async def take(self, selection: Selection, limit: int) -> Sequence[Claim]:
+        """Claim up to `limit` messages, held or not, due or not, to be given up."""
+        ...
+
+    def obstacle(self, size: int = 0) -> SpoolError | None:
+        """Why custody of so many octets cannot be taken at the moment, as `put` would say it, or None. Cheap: no I/O."""
+        ...
+
     def unhealthy(self) -> str | None:
-        """Why custody cannot be taken at the moment, or None. Cheap: no I/O."""
+        """The same in words, for people."""
         ...
 
     async def close(self) -> None:

@@ -3,6 +3,8 @@
 Write order: octets, fsync of the file, rename into `content/`, fsync of that directory; only then may the record that names it be
 committed. A file without a record is what a crash leaves: it is removed at the next start.
 
+After a failed write or fsync nothing of a file is used: it is removed, and who sends the content again gets another.
+
 State: the two directories, and the temporary files of content that is still arriving.
 """
 
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from relay.spool.base import Content, SpoolError, SpoolFull, SpoolInUse
+from relay.spool.room import Room
 
 _T = TypeVar("_T")
 
@@ -29,6 +32,10 @@ _FLUSH_EVERY_BYTES = 8 * 1024 * 1024
 #: four files of 50 MB removed together keep every fsync of the disk waiting for 200 ms, and so every acknowledgement.
 _REMOVE_BYTES = 4 * 1024 * 1024
 _REMOVE_PAUSE_SECONDS = 0.01
+
+#: The part of the spool that this is, to `Room`; and how much is written to see whether files can be: more than a row would hold.
+FILES = "files"
+_PROBE_BYTES = 1024 * 1024
 
 
 class DirectoryLock:
@@ -50,14 +57,22 @@ class DirectoryLock:
 
 
 class ContentFiles:
-    """The files of one spool directory. Blocking work runs in a few threads of its own."""
+    """The files of one spool directory. Blocking work runs in a few threads of its own.
 
-    def __init__(self, directory: Path) -> None:
+    `room` is told when a file cannot be written, and when one can again.
+    """
+
+    def __init__(self, directory: Path, room: Room | None = None) -> None:
+        self._room = room
+        if room is not None:
+            room.watch(FILES, self.probe)
         self._incoming = directory / "incoming"
         self._content = directory / "content"
         for path in (directory, self._incoming, self._content):
             _make_directory(path, mode=0o700)
         sync_directory(directory)
+        with contextlib.suppress(PermissionError):  # who made it may have been killed before its name was durable
+            sync_directory(directory.absolute().parent)
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="spool-files")
         self._removal = ThreadPoolExecutor(1, thread_name_prefix="spool-removal")
         self._turn = asyncio.Lock()
@@ -73,11 +88,14 @@ class ContentFiles:
         try:
             return FileWriter(self._incoming / f"{os.getpid()}-{self._count}", self.run, self.discard, self._turn)
         except OSError as error:
-            raise storage_error(error) from error
+            raise self._failed(error) from error
 
     async def store(self, content: Content, number: int) -> Content:
         """Make `content` durable as file `number`. Raises SpoolFull or SpoolError, and then leaves nothing behind."""
-        return await self.run(lambda: self._store(content, number))
+        stored = await self.run(lambda: self._store(content, number))
+        if self._room is not None:
+            self._room.works(FILES)
+        return stored
 
     def remove(self, numbers: Iterable[int]) -> None:
         """Remove content whose record is gone, by and by. A file that stays behind is removed at the next start."""
@@ -97,7 +115,31 @@ class ContentFiles:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except OSError as error:
-            raise storage_error(error) from error
+            raise self._failed(error) from error
+
+    def probe(self) -> None:
+        """Write a file, and sync it and its name. Blocks."""
+        place = self._incoming / f"{os.getpid()}-probe"
+        try:
+            try:
+                with open(place, "wb", buffering=0, opener=_private) as file:
+                    _write_all(file.fileno(), bytes(_PROBE_BYTES))
+                    os.fsync(file.fileno())
+                sync_directory(self._content)
+            finally:
+                place.unlink(missing_ok=True)
+        except OSError as error:
+            self._failed(error)
+        else:
+            if self._room is not None:
+                self._room.works(FILES)
+
+    def _failed(self, error: OSError) -> SpoolError:
+        fault = storage_error(error)
+        if self._room is not None and not isinstance(error, FileExistsError):
+            self._room.measure()
+            self._room.failed(FILES, fault)
+        return fault
 
     def close(self) -> None:
         self._removal.shutdown(cancel_futures=True)

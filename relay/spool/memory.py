@@ -9,12 +9,26 @@ State: the queued messages, who has claimed them, and the delivery log.
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from relay.clock import Clock
 from relay.mail.envelope import Recipient
 from relay.mail.outcome import Status
-from relay.spool.base import Claim, Content, ContentWriter, Draft, Lane, LeaseLost, LogEntry, MessageId, Settlement, SpoolError
+from relay.spool.base import (
+    Claim,
+    Content,
+    ContentWriter,
+    Draft,
+    Lane,
+    LeaseLost,
+    LogEntry,
+    MessageId,
+    Next,
+    Selection,
+    Settlement,
+    SpoolError,
+)
 from relay.spool.files import ContentFiles
 from relay.spool.records import id_of, number_of
 
@@ -29,6 +43,10 @@ class _Message:
     token: int | None = None
     lease_until: float = 0.0  # monotonic seconds
     held: str = ""
+
+    @property
+    def state(self) -> str:
+        return "held" if self.held else "active" if self.token is not None else "deferred" if self.attempts else "due"
 
 
 class MemorySpool:
@@ -87,14 +105,13 @@ class MemorySpool:
         if settlement.bounce is not None:
             self._check_new([settlement.bounce.id])
             self._messages[settlement.bounce.id] = _Message(settlement.bounce, settlement.bounce.due)
+        self._note_settlement(message, settlement)
         waiting = tuple(r for r in claim.envelope.recipients if outcomes[r.address].status is Status.DEFERRED)
         if waiting:
             self._continue(message, settlement, waiting)
         else:
             del self._messages[claim.id]
             self._let_go(message.draft.content)
-        if settlement.tried:
-            self.log += [_log_entry(settlement, recipient, self._clock.now()) for recipient in claim.envelope.recipients]
 
     async def renew(self, claims: Sequence[Claim]) -> Sequence[Claim]:
         now, until = self._clock.monotonic(), self._clock.now() + _LEASE_SECONDS
@@ -113,6 +130,48 @@ class MemorySpool:
             due[message.draft.lane] = min(message.due, due.get(message.draft.lane, message.due))
         return due
 
+    async def overdue(self, limit: int) -> Sequence[Claim]:
+        now = self._clock.now()
+        late = [m for m in self._messages.values() if m.held and m.token is None and m.due <= now]
+        return [self._begin(message, ending=True) for message in sorted(late, key=lambda m: m.due)[:limit]]
+
+    async def hold(self, selection: Selection, reason: str) -> Sequence[MessageId]:
+        chosen = [m for m in self._chosen(selection) if not m.held or m.due < inf]
+        for message in chosen:
+            message.held, message.due = reason, inf
+            self._note_all(message, "held", reason)
+        return [message.draft.id for message in chosen]
+
+    async def release(self, selection: Selection) -> Sequence[Next]:
+        now = self._clock.now()
+        chosen = [m for m in self._chosen(selection) if m.held]
+        for message in chosen:
+            self._note_all(message, "released", f"was held: {message.held}")
+            message.held, message.due = "", now
+        return [Next(now, message.draft.lane) for message in chosen]
+
+    async def reschedule(self, selection: Selection) -> Sequence[Next]:
+        now = self._clock.now()
+        chosen = [m for m in self._chosen(selection) if not m.held]
+        for message in chosen:
+            message.due = min(message.due, now)
+        return [Next(now, message.draft.lane) for message in chosen]
+
+    async def drop(self, selection: Selection) -> Sequence[MessageId]:
+        chosen = self._chosen(selection)
+        for message in chosen:
+            self._note_all(message, "dropped", f"was held: {message.held}" if message.held else "by the operator")
+            del self._messages[message.draft.id]
+        for message in chosen:
+            self._let_go(message.draft.content)
+        return [message.draft.id for message in chosen]
+
+    async def take(self, selection: Selection, limit: int) -> Sequence[Claim]:
+        return [self._begin(message, ending=True) for message in self._chosen(selection)[:limit]]
+
+    def obstacle(self, size: int = 0) -> SpoolError | None:
+        return None
+
     def unhealthy(self) -> str | None:
         return None
 
@@ -126,16 +185,32 @@ class MemorySpool:
     def _waiting(self) -> list[_Message]:
         return [m for m in self._messages.values() if m.token is None and not m.held]
 
-    def _begin(self, message: _Message) -> Claim:
-        now = self._clock.now()
-        message.attempts += 1
-        message.token = next(self._tokens)
+    def _chosen(self, selection: Selection) -> list[_Message]:
+        """What an operator's verb may touch of what was asked for, oldest first."""
+        oldest = self._clock.now() - (selection.older_than or 0.0)
+        return [
+            m
+            for m in sorted(self._messages.values(), key=lambda m: m.draft.id)
+            if m.token is None
+            and (not selection.ids or m.draft.id in selection.ids)
+            and selection.route in ("", m.draft.lane.route)
+            and selection.upstream in ("", m.draft.lane.upstream)
+            and selection.state in ("", m.state)
+            and (selection.older_than is None or m.draft.created <= oldest)
+            and selection.admits(m.draft.envelope.sender, (r.address for r in m.draft.envelope.recipients))
+        ]
+
+    def _begin(self, message: _Message, *, ending: bool = False) -> Claim:
+        now, token = self._clock.now(), next(self._tokens)
+        message.token = -token if ending else token
         message.lease_until = self._clock.monotonic() + _LEASE_SECONDS
-        message.due = now + self._backoff(message.attempts)
+        if not ending:
+            message.attempts += 1
+            message.due = now + self._backoff(message.attempts)
         d = message.draft
         return Claim(
             d.id, message.token, d.lane, d.envelope, d.content, d.created, message.attempts, now + _LEASE_SECONDS, d.prefix, d.origin,
-            d.summary,
+            d.summary, message.held,
         )  # fmt: skip
 
     def _continue(self, message: _Message, settlement: Settlement, waiting: tuple[Recipient, ...]) -> None:
@@ -144,26 +219,39 @@ class MemorySpool:
         kept = tuple(r._replace(in_doubt=r.in_doubt or outcomes[r.address].in_doubt) for r in waiting)
         message.draft = message.draft._replace(lane=then.lane, envelope=message.draft.envelope._replace(recipients=kept))
         message.due, message.held, message.token = then.when, then.held, None
-        if not then.counted:
+        if not then.counted and settlement.claim.token > 0:
             message.attempts -= 1
 
     def _let_go(self, content: Content) -> None:
         """Remove the file of content that no message has any more."""
         if content.path is not None and all(m.draft.content.path != content.path for m in self._messages.values()):
-            content.path.unlink()
+            content.path.unlink(missing_ok=True)
 
     def _expire(self) -> None:
         for message in self._messages.values():
             if message.token is not None and message.lease_until <= self._clock.monotonic():
-                message.token = None
+                tried, message.token = message.token > 0, None
                 envelope = message.draft.envelope
-                doubted = tuple(r._replace(in_doubt=True) for r in envelope.recipients)
+                doubted = tuple(r._replace(in_doubt=r.in_doubt or tried) for r in envelope.recipients)
                 message.draft = message.draft._replace(envelope=envelope._replace(recipients=doubted))
 
+    def _note_settlement(self, message: _Message, settlement: Settlement) -> None:
+        if settlement.tried:
+            report = settlement.bounce.id if settlement.bounce is not None else ""
+            for recipient in message.draft.envelope.recipients:
+                outcome = settlement.outcomes[recipient.address]
+                self._note(message, recipient, outcome.status.value, str(outcome.reply), report)
+        elif settlement.next is not None and settlement.next.held:
+            self._note_all(message, "held", settlement.next.held)
 
-def _log_entry(settlement: Settlement, recipient: Recipient, now: float) -> LogEntry:
-    claim, outcome = settlement.claim, settlement.outcomes[recipient.address]
-    return LogEntry(
-        now, claim.id, claim.lane, claim.envelope.sender, recipient.address, outcome.status.value, claim.attempt,
-        now - claim.created, claim.content.size, str(outcome.reply), claim.created, claim.summary,
-    )  # fmt: skip
+    def _note_all(self, message: _Message, status: str, reply: str) -> None:
+        for recipient in message.draft.envelope.recipients:
+            self._note(message, recipient, status, reply)
+
+    def _note(self, message: _Message, recipient: Recipient, status: str, reply: str, report: str = "") -> None:
+        d, now = message.draft, self._clock.now()
+        entry = LogEntry(
+            now, d.id, d.lane, d.envelope.sender, recipient.address, status, message.attempts, now - d.created, d.content.size, reply,
+            d.created, d.summary, report,
+        )  # fmt: skip
+        self.log.append(entry)

@@ -20,6 +20,13 @@ def number_of(message_id: str) -> int:
     return int(message_id, 16)
 
 
+def parse_id(text: str) -> MessageId:
+    """An id as a person writes it, in the form in which ids compare. Raises ValueError for what is no id."""
+    if not text.isascii() or not text.isalnum() or len(text) > 15:  # int() takes more; the primary key has 63 bits
+        raise ValueError("not the id of a message")
+    return id_of(int(text, 16))
+
+
 def id_of(number: int) -> MessageId:
     return MessageId(f"{number:013X}")
 
@@ -32,13 +39,27 @@ def pack_recipients(recipients: Iterable[Recipient]) -> str:
 
 
 def unpack_recipients(text: str, *, in_doubt: bool = False) -> tuple[Recipient, ...]:
-    """`in_doubt`: whatever the row says, a claim ended without a word, so every recipient is in doubt."""
+    """`in_doubt`: whatever the row says, a claim ended without a word, so every recipient is in doubt.
+
+    Raises ValueError for a text that damage has made something else.
+    """
     if text[:1] != "[":
         return (Recipient(text, in_doubt=in_doubt),)
-    return tuple(
-        Recipient(address, notify, orcpt, bool(doubt) or in_doubt, bool(warned))
-        for address, notify, orcpt, doubt, warned in ((*values, 0)[:5] for values in json.loads(text))
-    )
+    try:
+        return tuple(
+            Recipient(address + "", notify + "", orcpt + "", bool(doubt) or in_doubt, bool(warned))
+            for address, notify, orcpt, doubt, warned in ((*values, 0)[:5] for values in json.loads(text))
+        )
+    except TypeError as error:
+        raise ValueError(f"recipients that are none: {error}") from error
+
+
+def addresses_of(text: str) -> tuple[str, ...]:
+    """The recipients' addresses for an operator's eye; none where damage has made the text something else."""
+    try:
+        return tuple(recipient.address for recipient in unpack_recipients(text))
+    except ValueError:
+        return ()
 
 
 def pack_facts(envelope: Envelope, origin: Origin, summary: Summary, content: Content) -> str:
@@ -62,11 +83,24 @@ def pack_facts(envelope: Envelope, origin: Origin, summary: Summary, content: Co
 
 
 def unpack_facts(text: str) -> tuple[Origin, Summary, dict[str, str | bool]]:
-    """The origin, the summary, and the rest: `ret`, `envid`, `utf8`, `8bit`, `dots` where they were set."""
+    """The origin, the summary, and the rest: `ret`, `envid`, `utf8`, `8bit`, `dots` where they were set.
+
+    Raises ValueError for a text that damage has made something else.
+    """
     facts = json.loads(text)
+    if not isinstance(facts, dict):
+        raise ValueError(f"facts that are none: {text[:40]!r}")
     get = facts.get
     origin = Origin(get("listener", ""), get("client", ""), get("user", ""), get("session", ""), get("from", ""))
     return origin, Summary(get("to", ""), get("cc", ""), get("subject", "")), facts
+
+
+def summary_of(text: str) -> str:
+    """The summary in `facts` as a row of the delivery log has it; none where damage has made the text something else."""
+    try:
+        return pack_summary(unpack_facts(text)[1])
+    except (ValueError, TypeError):
+        return ""
 
 
 def unpack_envelope(sender: str, recipients: tuple[Recipient, ...], facts: dict[str, str | bool]) -> Envelope:
@@ -74,19 +108,24 @@ def unpack_envelope(sender: str, recipients: tuple[Recipient, ...], facts: dict[
 
 
 def log_rows(settlement: Settlement, number: int, now: float) -> list[tuple[object, ...]]:
-    """One row of the delivery log for each recipient of the attempt."""
-    if not settlement.tried:
+    """One row of the delivery log for each recipient of the attempt, or of a message that is held without one."""
+    claim, outcomes, then = settlement.claim, settlement.outcomes, settlement.next
+    held = then.held if then is not None and not settlement.tried else ""
+    if not settlement.tried and not held:
         return []
-    claim, outcomes = settlement.claim, settlement.outcomes
-    summary = claim.summary
-    text = f"[{','.join(map(_quote, summary))}]" if summary != NO_SUMMARY else ""
+    text = pack_summary(claim.summary)
+    report = number_of(settlement.bounce.id) if settlement.bounce is not None else None
     return [
         (
-            now, number, claim.created, *claim.lane, claim.envelope.sender, r.address, outcomes[r.address].status.value, claim.attempt,
-            claim.content.size, str(outcomes[r.address].reply), text,
+            now, number, claim.created, *claim.lane, claim.envelope.sender, r.address, "held" if held else outcomes[r.address].status.value,
+            claim.attempt, claim.content.size, held or str(outcomes[r.address].reply), text, report,
         )
         for r in claim.envelope.recipients
     ]  # fmt: skip
+
+
+def pack_summary(summary: Summary) -> str:
+    return f"[{','.join(map(_quote, summary))}]" if summary != NO_SUMMARY else ""
 
 
 def unpack_summary(text: str) -> Summary:
@@ -95,8 +134,9 @@ def unpack_summary(text: str) -> Summary:
 
 def continuation(settlement: Settlement, waiting: list[Recipient]) -> tuple[object, ...]:
     """The new values of a message that goes back to a lane, in the order of `sqlite_schema.CONTINUE`."""
-    then, outcomes = settlement.next, settlement.outcomes
+    claim, then, outcomes = settlement.claim, settlement.next, settlement.outcomes
     assert then is not None, "a deferred recipient has a next time"
     kept = [r._replace(in_doubt=r.in_doubt or outcomes[r.address].in_doubt) for r in waiting]
     reply = str(outcomes[waiting[-1].address].reply) if settlement.tried else None
-    return (*then.lane, then.when, 0 if then.counted else 1, then.held, pack_recipients(kept), reply)
+    uncounted = not then.counted and claim.token > 0  # a claim for ending counted nothing
+    return (*then.lane, then.when, int(uncounted), then.held, pack_recipients(kept), reply)

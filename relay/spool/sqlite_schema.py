@@ -1,4 +1,4 @@
-"""The embedded spool's tables and statements, and how its database is opened.
+"""The embedded spool's tables and statements, how its database is opened, and how one of an earlier relay is brought up to date.
 
 Settings: WAL with synchronous=FULL, so that a commit is on the disk when it returns; no automatic checkpoint, because the writer
 thread chooses the moment; incremental vacuum, so that the file can shrink after a backlog.
@@ -6,19 +6,21 @@ thread chooses the moment; incremental vacuum, so that the file can shrink after
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import apsw
 
-from relay.spool.base import SpoolError
+from relay.spool.base import Selection, SpoolError
 from relay.spool.files import sync_directory
+from relay.spool.records import number_of
 
 DATABASE = "spool.db"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _PAGE_BYTES = 4096
 _CACHE_KIB = 8192
 
-# `due` of a claimed message is when it is tried again should this process die. The index holds waiting mail only, so that the
-# common message, which is put already claimed, never touches it.
+# `due` of a claimed message is when it is tried again should this process die; of a held one, when it is given up, or infinity. The
+# indexes hold waiting and held mail only, so that the common message, which is put already claimed, never touches them.
 SCHEMA = """
 CREATE TABLE message (
     id INTEGER PRIMARY KEY,
@@ -29,7 +31,7 @@ CREATE TABLE message (
     route TEXT NOT NULL,
     due REAL NOT NULL,          -- seconds since the epoch
     attempts INTEGER NOT NULL,  -- begun so far
-    token INTEGER,              -- of the claim, or NULL
+    token INTEGER,              -- of the claim, or NULL; negative: claimed for ending it, no upstream is involved
     doubt INTEGER NOT NULL,     -- 1: a claim ended without a word: all recipients are in doubt
     held TEXT NOT NULL,         -- why nobody shall try it, or ''
     created REAL NOT NULL,
@@ -40,8 +42,6 @@ CREATE TABLE message (
     size INTEGER NOT NULL,
     reply TEXT NOT NULL         -- the last one, or ''
 );
-CREATE INDEX waiting ON message (upstream, route, attempts > 0, due) WHERE token IS NULL AND held = '';
-CREATE INDEX sharing ON message (content) WHERE shared = 1;
 CREATE TABLE content (id INTEGER PRIMARY KEY, octets BLOB NOT NULL);
 CREATE TABLE log (
     number INTEGER PRIMARY KEY,
@@ -56,9 +56,28 @@ CREATE TABLE log (
     attempt INTEGER NOT NULL,
     size INTEGER NOT NULL,
     reply TEXT NOT NULL,
-    summary TEXT NOT NULL       -- JSON: to, cc, subject
+    summary TEXT NOT NULL,      -- JSON: to, cc, subject
+    report INTEGER              -- id of the report that the same attempt made to the sender, or NULL
 );
 CREATE INDEX log_id ON log (id);
+"""
+_INDEXES = {
+    "waiting": "CREATE INDEX waiting ON message (upstream, route, attempts > 0, due) WHERE token IS NULL AND held = ''",
+    "held": "CREATE INDEX held ON message (due) WHERE held != '' AND token IS NULL",
+    "sharing": "CREATE INDEX sharing ON message (content) WHERE shared = 1",
+}
+
+# Why a message is held without end that damage keeps from being read, changed or removed.
+MISSING = "the content is missing from the spool"
+STUCK = "it has ended; the spool is damaged and its record could not be removed"
+LOST = "its record in the spool is damaged"
+
+# Version 1 stored the moment of the hold as `due` of held mail, and nobody could do anything about such mail but wait. What is held
+# ends after `expire`, by default four days; but nothing shall bounce at an upgrade, so there is a day to use the new verbs. Mail
+# without content stays until an operator has seen it.
+_FROM_1 = """
+ALTER TABLE log ADD COLUMN report INTEGER;
+UPDATE message SET due = CASE held WHEN :missing THEN 9e999 ELSE max(created + 4 * 86400, :now + 86400) END WHERE held != '';
 """
 
 SHARING = "SELECT 1 FROM message WHERE content = ? AND shared = 1"
@@ -78,8 +97,8 @@ def put_contents(count: int) -> str:
 
 @cache
 def put_log(count: int) -> str:
-    columns = "time, id, created, upstream, route, sender, recipient, status, attempt, size, reply, summary"
-    return f"INSERT INTO log ({columns}) VALUES {_tuples(count, 12)}"
+    columns = "time, id, created, upstream, route, sender, recipient, status, attempt, size, reply, summary, report"
+    return f"INSERT INTO log ({columns}) VALUES {_tuples(count, 13)}"
 
 
 @cache
@@ -99,21 +118,72 @@ def _tuples(count: int, width: int) -> str:
 
 CONTINUE = """UPDATE message SET token = NULL, upstream = ?, route = ?, due = ?, attempts = attempts - ?, held = ?, recipients = ?,
     doubt = 0, reply = ifnull(?, reply) WHERE id = ? AND token = ?"""
-CLAIMABLE = """SELECT id, content, filed, shared, attempts, doubt, created, sender, recipients, facts, prefix, size FROM message
+CLAIMABLE = """SELECT id FROM message
     WHERE upstream = ? AND route = ? AND (attempts > 0) = ? AND due <= ? AND token IS NULL AND held = '' ORDER BY due LIMIT ?"""
+OVERDUE = "SELECT id FROM message WHERE held != '' AND token IS NULL AND due <= ? ORDER BY due LIMIT ?"
+MESSAGE = """SELECT upstream, route, content, filed, shared, attempts, doubt, created, sender, recipients, facts, prefix, size, held
+    FROM message WHERE id = ? AND token IS NULL"""
 CLAIM = "UPDATE message SET token = ?, attempts = attempts + 1, due = ? WHERE id = ?"
-QUARANTINE = "UPDATE message SET held = ?, token = NULL WHERE id = ?"
-EXPIRE = "UPDATE message SET token = NULL, doubt = 1 WHERE id = ? AND token = ?"
+TAKE = "UPDATE message SET token = ? WHERE id = ?"
+QUARANTINE = "UPDATE message SET held = ?, due = 9e999 WHERE id = ? AND token IS NULL"
+LEAVE = "UPDATE message SET token = NULL, held = ?, due = 9e999 WHERE id = ?"
+EXPIRE = "UPDATE message SET token = NULL, doubt = doubt OR token > 0 WHERE id = ? AND token = ?"
 NEXT_DUE = "SELECT upstream, route, min(due) FROM message WHERE token IS NULL AND held = '' GROUP BY upstream, route"
+NEXT_DUE_BUT = """SELECT upstream, route, min(due) FROM message
+    WHERE token IS NULL AND held = '' AND id NOT IN (SELECT value FROM json_each(?)) GROUP BY upstream, route"""
 FORGET_LOG = "DELETE FROM log WHERE number IN (SELECT number FROM (SELECT number, time FROM log ORDER BY number LIMIT ?2) WHERE time < ?1)"
-TAKE_OVER = "UPDATE message SET token = NULL, doubt = 1 WHERE token IS NOT NULL"
+TAKE_OVER = "UPDATE message SET token = NULL, doubt = doubt OR token > 0 WHERE token IS NOT NULL"
+TAKE_OVER_ONE = f"{TAKE_OVER} AND id = ?"
+CLAIMED = "SELECT id, token IS NOT NULL FROM message WHERE id > ? ORDER BY id LIMIT ?"
+# A clock that was set by :step seconds. What was stored before moves along, so that nothing waits for a time that has become far, and
+# nothing has grown old at a stroke. Forwards, what is older than the step was stored before it, and due at most a retry ahead of it.
+STEP_FORWARD = """UPDATE message SET created = created + :step, due = CASE WHEN held != '' OR due <= :now THEN due + :step ELSE due END
+    WHERE created <= :now - :step"""
+STEP_BACK = """UPDATE message SET created = CASE WHEN created > :now THEN created + :step ELSE created END, due = due + :step
+    WHERE due > :now OR created > :now"""
+#: At a start: stored by a clock that was ahead of this one.
+FROM_THE_FUTURE = """UPDATE message SET due = CASE held WHEN '' THEN :now ELSE due - (created - :now) END, created = :now
+    WHERE created > :now + 60"""
 LAST_ID = "SELECT max(ifnull((SELECT max(id) FROM message), 0), ifnull((SELECT max(id) FROM log), 0))"
+WAITING_BYTES = "SELECT total(size) FROM message"
 FILED = "SELECT content FROM message WHERE filed = 1"
 CONTENT = "SELECT octets FROM content WHERE id = ?"
 
+HOLD = "UPDATE message SET held = ?, due = 9e999 WHERE id = ?"
+RELEASE = "UPDATE message SET held = '', due = ? WHERE id = ?"
+RESCHEDULE = "UPDATE message SET due = min(due, ?) WHERE id = ?"
+DROP = "DELETE FROM message WHERE id = ?"
 
-def open_database(path: Path) -> apsw.Connection:
-    """Open or create the database. Raises SpoolError for a schema newer than this relay."""
+# A row can be claimed and held: it is being given up. Held is what the operator must hear.
+STATE = """CASE WHEN held != '' THEN 'held' WHEN token IS NOT NULL THEN 'active' WHEN attempts > 0 THEN 'deferred' ELSE 'due' END"""
+
+
+def conditions(selection: Selection, *, moment: str, state: str, now: float) -> tuple[str, dict[str, Any]]:
+    """What SQL can decide of a selection, beginning with AND, and its values. `Selection.admits` decides the rest.
+
+    `moment`: the column that has the age. `state`: the expression that has the state.
+    """
+    values: dict[str, Any] = {}
+    wanted = []
+    for column, value in (("route", selection.route), ("upstream", selection.upstream)):
+        if value:
+            wanted.append(f"{column} = :{column}")
+            values[column] = value
+    if selection.state:
+        wanted.append(f"{state} = :state")
+        values["state"] = selection.state
+    if selection.older_than is not None:
+        wanted.append(f"{moment} <= :moment")
+        values["moment"] = now - selection.older_than
+    if selection.ids:
+        # One parameter: SQLite looks named ones up one by one, so that five thousand of them cost a second a page.
+        wanted.append("id IN (SELECT value FROM json_each(:ids))")
+        values["ids"] = f"[{','.join(str(number_of(id)) for id in sorted(selection.ids))}]"
+    return "".join(f" AND {condition}" for condition in wanted), values
+
+
+def open_database(path: Path, *, now: float) -> apsw.Connection:
+    """Open, create or bring up to date the database. Raises SpoolError for a schema newer than this relay."""
     path.touch(mode=0o600)  # SQLite gives its other files the same mode
     new = path.stat().st_size == 0
     database = apsw.Connection(str(path), statementcachesize=8 * ROWS_A_STATEMENT)
@@ -128,9 +198,30 @@ def open_database(path: Path) -> apsw.Connection:
     version = database.pragma("user_version")
     if version == 0:
         with database:
-            database.execute(SCHEMA)
+            database.execute(";".join((SCHEMA, *_INDEXES.values())))
             database.pragma("user_version", SCHEMA_VERSION)
         sync_directory(path.parent)
+    elif version == 1:
+        with database:
+            database.execute(_FROM_1 + _INDEXES["held"], {"missing": MISSING, "now": now})
+            database.pragma("user_version", SCHEMA_VERSION)
     elif version > SCHEMA_VERSION:
         raise SpoolError(f"{path} was written by a newer relay (schema {version}, this one knows {SCHEMA_VERSION})")
     return database
+
+
+def rebuild_indexes(database: apsw.Connection) -> None:
+    """Make the indexes of messages anew, inside a transaction.
+
+    They are forgotten, not dropped: dropping reads each of their pages, and some cannot be read. The pages stay in the file, unused.
+    Raises apsw.CorruptError, and has changed nothing then, where it is the messages themselves that cannot be read.
+    """
+    database.execute("SELECT count(held) FROM message NOT INDEXED").fetchall()
+    database.pragma("writable_schema", True)
+    try:
+        database.executemany("DELETE FROM sqlite_schema WHERE type = 'index' AND name = ?", [(name,) for name in _INDEXES])
+        database.execute("PRAGMA writable_schema = RESET")
+        for statement in _INDEXES.values():
+            database.execute(statement)
+    finally:
+        database.pragma("writable_schema", False)

@@ -8,53 +8,46 @@ State: one read-only connection.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import apsw
 
 from relay.clock import Clock
-from relay.mail.address import patterns_for
-from relay.spool.base import Lane, LogEntry, Queued, SpoolError
-from relay.spool.records import id_of, number_of, unpack_recipients, unpack_summary
-from relay.spool.sqlite_schema import DATABASE, SCHEMA_VERSION
+from relay.mail.envelope import Envelope, Origin, Summary
+from relay.spool.base import EVERYTHING, Content, Lane, LogEntry, Queued, Selection, SpoolError
+from relay.spool.records import id_of, number_of, unpack_envelope, unpack_facts, unpack_recipients, unpack_summary
+from relay.spool.sqlite_damage import read_page
+from relay.spool.sqlite_schema import DATABASE, SCHEMA_VERSION, STATE, conditions
 
 _PAGE_ROWS = 500
 _BUSY_MILLISECONDS = 5000
 _ADVICE = "; run this as the user that relay runs as"
 
-#: The states of a queued message, and the results that the delivery log knows.
-STATES = ("due", "active", "deferred", "held")
-RESULTS = ("sent", "deferred", "failed")
+#: Schemas that can be read. The first had no `report` in its log.
+_READABLE = (1, SCHEMA_VERSION)
 
-# A row can be claimed and held: damage that was found while claiming it. Held is what the operator must hear.
-_STATE = """CASE WHEN held != '' THEN 'held' WHEN token IS NOT NULL THEN 'active' WHEN attempts > 0 THEN 'deferred' ELSE 'due' END"""
-_QUEUE = f"""SELECT id, {_STATE} AS state, upstream, route, sender, recipients, size, created, due, attempts, held, reply, doubt
+#: The states of a queued message, and what the delivery log says of one.
+STATES = ("due", "active", "deferred", "held")
+RESULTS = ("sent", "deferred", "failed", "held", "released", "dropped")
+
+_QUEUE = f"""SELECT id, {STATE} AS state, upstream, route, sender, recipients, size, created, due, attempts, held, reply, doubt
     FROM message WHERE id > :after {{conditions}} ORDER BY id LIMIT :page"""
-_LOG = """SELECT number, time, id, upstream, route, sender, recipient, status, attempt, size, reply, created, summary
+_LOG = """SELECT number, time, id, upstream, route, sender, recipient, status, attempt, size, reply, created, summary, {report}
     FROM log WHERE number > :after AND number <= :until {conditions} ORDER BY number {order} LIMIT :page"""
 _END = "SELECT ifnull(max(number), 0) FROM log"
+_DETAILS = "SELECT sender, recipients, facts, prefix, doubt FROM message WHERE id = :id"
+_PLACE = "SELECT content, filed, size FROM message WHERE id = :id"
+_OCTETS = "SELECT octets FROM content WHERE id = :id"
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Which messages or results an operator asks for; what is left empty selects all.
+class Details(NamedTuple):
+    """What is stored of one message beside its content. `prefix`: the header fields that go before it."""
 
-    `sender` and `recipient` are conditions as routes have them, in the form in which they compare: an address, a domain, `*.domain`
-    or `<>`. `state`: one of STATES, or of RESULTS in the delivery log. `older_than`: seconds since acceptance or since the result.
-    """
-
-    ids: frozenset[str] = frozenset()
-    route: str = ""
-    upstream: str = ""
-    sender: str = ""
-    recipient: str = ""
-    state: str = ""
-    older_than: float | None = None
-
-
-EVERYTHING = Selection()
+    envelope: Envelope
+    origin: Origin
+    summary: Summary
+    prefix: bytes
 
 
 class SqliteView:
@@ -79,7 +72,8 @@ class SqliteView:
             version = self._database.pragma("user_version")
         except apsw.Error as error:
             raise _unreadable(directory, error) from error
-        if version != SCHEMA_VERSION:
+        self._report = "report" if version == SCHEMA_VERSION else "NULL"
+        if version not in _READABLE:
             self._database.close()
             newer = f"was written by another version of relay (schema {version}, this one knows {SCHEMA_VERSION})"
             raise SpoolError(f"the spool in {directory} {newer if version else 'is empty: its relay has not finished starting'}")
@@ -88,22 +82,47 @@ class SqliteView:
         self._database.close()
 
     def queued(self, selection: Selection = EVERYTHING) -> Iterator[Queued]:
-        """The queued messages, oldest first. Raises SpoolError."""
-        conditions, values = self._conditions(selection, "created")
-        after = 0
-        while True:
-            rows = self._page(_QUEUE.format(conditions=conditions), {**values, "after": after})
-            for row in rows:
-                after, state, upstream, route, sender, recipients, size, created, due, attempts, held, reply, doubt = row
-                found = unpack_recipients(recipients, in_doubt=bool(doubt))
-                addresses = tuple(r.address for r in found)
-                if _meets(selection.sender, sender) and any(_meets(selection.recipient, address) for address in addresses):
-                    in_doubt = any(r.in_doubt for r in found)
-                    yield Queued(
-                        id_of(after), state, Lane(upstream, route), sender, addresses, size, created, due, attempts, held, reply, in_doubt
-                    )  # fmt: skip
-            if len(rows) < _PAGE_ROWS:
-                return
+        """The queued messages, oldest first. Those whose records are damaged are passed over. Raises SpoolError."""
+        chosen, values = conditions(selection, moment="created", state=STATE, now=self._clock.now())
+        text = _QUEUE.format(conditions=chosen)
+
+        def fetch(after: int, limit: int) -> list[Any]:
+            return self._database.execute(text, {**values, "after": after, "page": limit}).fetchall()
+
+        after, last = 0, 2**62
+        while after < last:
+            try:
+                rows, after, _ = read_page(fetch, after=after, until=last, limit=_PAGE_ROWS)
+            except apsw.Error as error:
+                raise _unreadable(self._directory, error) from error
+            for queued in map(_queued, rows):
+                if selection.admits(queued.sender, queued.recipients):
+                    yield queued
+
+    def message(self, id: str) -> Queued | None:
+        """One queued message. Raises SpoolError."""
+        return next(self.queued(Selection(ids=frozenset({id}))), None)
+
+    def details(self, id: str) -> Details | None:
+        """What is stored of a queued message beside its content. Raises SpoolError, also where damage has made it unreadable."""
+        for sender, recipients, facts_text, prefix, doubt in self._page(_DETAILS, {"id": number_of(id)}):
+            try:
+                origin, summary, facts = unpack_facts(facts_text)
+                envelope = unpack_envelope(sender, unpack_recipients(recipients, in_doubt=bool(doubt)), facts)
+            except ValueError as error:
+                raise SpoolError(f"the record of {id} is damaged: {error}") from error
+            return Details(envelope, origin, summary, prefix)
+        return None
+
+    def content(self, id: str) -> Content | None:
+        """The content of a queued message; a path is that of the spool's own file. Raises SpoolError, also where it is missing."""
+        for number, filed, size in self._page(_PLACE, {"id": number_of(id)}):
+            if filed:
+                return Content(size, path=self._directory / "content" / id_of(number))
+            for (octets,) in self._page(_OCTETS, {"id": number}):
+                return Content(size, octets)
+            raise SpoolError(f"the content of {id} is missing from the spool")
+        return None
 
     def end_of_log(self) -> int:
         """The number of the newest line of the delivery log; 0 where it is empty."""
@@ -118,40 +137,20 @@ class SqliteView:
             yield from reversed([entry for entry, _ in zip(newest, range(last), strict=False)])
 
     def _results(self, selection: Selection, after: int, until: int, *, newest_first: bool = False) -> Iterator[LogEntry]:
-        conditions, values = self._conditions(selection, "time")
-        text = _LOG.format(conditions=conditions, order="DESC" if newest_first else "ASC")
+        chosen, values = conditions(selection, moment="time", state="status", now=self._clock.now())
+        text = _LOG.format(report=self._report, conditions=chosen, order="DESC" if newest_first else "ASC")
         while True:
-            rows = self._page(text, {**values, "after": after, "until": until})
+            rows = self._page(text, {**values, "after": after, "until": until, "page": _PAGE_ROWS})
             for row in rows:
-                number, time, id, upstream, route, sender, recipient, status, attempt, size, reply, created, summary = row
+                number, time, id, upstream, route, sender, recipient, status, attempt, size, reply, created, summary, report = row
                 after, until = (after, number - 1) if newest_first else (number, until)
-                if _meets(selection.sender, sender) and _meets(selection.recipient, recipient):
+                if selection.admits(sender, (recipient,)):
                     yield LogEntry(
                         time, id_of(id), Lane(upstream, route), sender, recipient, status, attempt, time - created, size, reply, created,
-                        unpack_summary(summary),
+                        unpack_summary(summary), id_of(report) if report is not None else "",
                     )  # fmt: skip
             if len(rows) < _PAGE_ROWS:
                 return
-
-    def _conditions(self, selection: Selection, moment: str) -> tuple[str, dict[str, Any]]:
-        """What SQL can decide of a selection. Addresses are compared here, where folding is known."""
-        values: dict[str, Any] = {"page": _PAGE_ROWS}
-        wanted = []
-        for column, value in (("route", selection.route), ("upstream", selection.upstream)):
-            if value:
-                wanted.append(f"{column} = :{column}")
-                values[column] = value
-        if selection.state:
-            wanted.append(f"{_STATE if moment == 'created' else 'status'} = :state")
-            values["state"] = selection.state
-        if selection.older_than is not None:
-            wanted.append(f"{moment} <= :moment")
-            values["moment"] = self._clock.now() - selection.older_than
-        if selection.ids:
-            names = {f"id{place}": number_of(id) for place, id in enumerate(sorted(selection.ids))}
-            wanted.append(f"id IN ({','.join(f':{name}' for name in names)})")
-            values |= names
-        return "".join(f" AND {condition}" for condition in wanted), values
 
     def _page(self, statement: str, values: dict[str, Any]) -> list[Any]:
         try:
@@ -160,10 +159,14 @@ class SqliteView:
             raise _unreadable(self._directory, error) from error
 
 
-def _meets(condition: str, address: str) -> bool:
-    if condition == "<>":
-        return not address
-    return not condition or condition in patterns_for(address)
+def _queued(row: Any) -> Queued:
+    number, state, upstream, route, sender, recipients, size, created, due, attempts, held, reply, doubt = row
+    try:
+        found = unpack_recipients(recipients, in_doubt=bool(doubt))
+    except ValueError:
+        found = ()
+    addresses, in_doubt = tuple(r.address for r in found), any(r.in_doubt for r in found)
+    return Queued(id_of(number), state, Lane(upstream, route), sender, addresses, size, created, due, attempts, held, reply, in_doubt)
 
 
 def _unreadable(directory: Path, error: apsw.Error) -> SpoolError:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from relay.config.model import Config
 from relay.mail.address import AddressError, ParameterError, domain_of, folded, parse_parameters, parse_path
-from relay.mail.bounce import Undelivered, make_bounce
+from relay.mail.bounce import About, Action, Notice, make_bounce
 from relay.mail.envelope import Envelope, Facts, Origin, Recipient
 from relay.mail.header import decode, fields, from_address, join, scan, separator, split, summary_of, unfold, value_of
 from relay.mail.outcome import Phase, Status, outcome_of_reply
@@ -169,20 +169,37 @@ def test_any_reply_is_read_or_refused_and_never_sent_by_accident(lines: list[byt
     assert sent == (phase is Phase.FINAL and reply.positive)
 
 
+BODIES = st.lists(st.binary(max_size=50).map(lambda line: re.sub(rb"[\r\n]", b"", line) + b"\r\n"), max_size=6).map(b"".join)
+
+
 @quick
-@given(st.text(max_size=300), st.text(max_size=100), BLOCKS)
-def test_a_bounce_is_sound_whatever_the_upstream_said(text: str, orcpt: str, header: bytes) -> None:
+@given(
+    st.text(max_size=300),
+    st.text(max_size=100),
+    BLOCKS,
+    st.sampled_from(["", "FULL"]),
+    st.sampled_from(Action),
+    st.text(max_size=50),
+    BODIES,
+)
+def test_a_bounce_is_sound_whatever_the_upstream_said(
+    text: str, orcpt: str, header: bytes, ret: str, action: Action, given_up: str, rest: bytes
+) -> None:  # fmt: skip
     outcome = outcome_of_reply(Phase.RCPT, Reply(550, "", printable(text)))
-    recipient = Recipient("bob@example.org", orcpt=orcpt)
-    about = Undelivered("0123456789abc", Envelope("a@b.c", (recipient,), envid=orcpt), [(recipient, outcome)], header, 0.0, "acme", text)
+    recipient = Recipient("bob@example.org", notify="SUCCESS,FAILURE,DELAY", orcpt=orcpt)
+    envelope = Envelope("a@b.c", (recipient,), envid=orcpt, ret=ret)
+    header = b"".join(line.rstrip(b"\r\n").replace(b"\r", b" ") + b"\r\n" for line in header.splitlines(keepends=True))
+    notices = [Notice(recipient, outcome, action)]
+    about = About("0123456789abc", envelope, notices, header, 0.0, 9.0, "acme", text, b"\r\n" + rest, given_up)
     bounce = make_bounce(about, reporting_mta="relay.example.net", bounce_id="0123456789abd", now=1.0)
-    assert bounce is not None and bounce.content.isascii()
+    assert bounce is not None and (bounce.content.isascii() or (ret and not rest.isascii()))
     assert not re.search(rb"(?<!\r)\n|\r(?!\n)|\x00", bounce.content)
     assert max(map(len, bounce.content.split(b"\r\n"))) <= 998
     report = email.message_from_bytes(bounce.content, policy=email.policy.default)
     assert len(list(report.iter_parts())) == 3
     status = list(report.iter_parts())[1].get_payload()
-    assert len(status) == 2 and status[1]["Action"] == "failed" and status[1]["Status"] == "5.0.0"
+    assert len(status) == 2 and status[1]["Action"] == action.value
+    assert status[1]["Status"] in {Action.FAILED: ("5.0.0", "4.4.7"), Action.DELAYED: ("4.0.0",), Action.RELAYED: ("2.0.0",)}[action]
 
 
 CONDITIONS = st.sampled_from(["*", "<>", "a.example", "*.a.example", "*.example", "u@a.example", "u+t@a.example", "b.example"])

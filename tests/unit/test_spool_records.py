@@ -5,10 +5,12 @@ import pytest
 from relay.mail.envelope import NO_SUMMARY, Envelope, Origin, Recipient, Summary
 from relay.spool.base import Content
 from relay.spool.records import (
+    addresses_of,
     id_of,
     number_of,
     pack_facts,
     pack_recipients,
+    summary_of,
     unpack_envelope,
     unpack_facts,
     unpack_recipients,
@@ -25,7 +27,10 @@ from relay.spool.records import (
         ((Recipient("a@x.example", notify="NEVER"),), '[["a@x.example","NEVER","",0,0]]'),
         ((Recipient("a@x.example", orcpt="rfc822;b@y.example"),), '[["a@x.example","","rfc822;b@y.example",0,0]]'),
         ((Recipient("a@x.example", in_doubt=True),), '[["a@x.example","","",1,0]]'),
-        ((Recipient('"a,\\"b"@x.example'), Recipient("c@x.example")), '[["\\"a,\\\\\\"b\\"@x.example","","",0,0],["c@x.example","","",0,0]]'),
+        (
+            (Recipient('"a,\\"b"@x.example'), Recipient("c@x.example")),
+            '[["\\"a,\\\\\\"b\\"@x.example","","",0,0],["c@x.example","","",0,0]]',
+        ),
     ],
 )
 def test_recipients_become_text_and_come_back(recipients: tuple[Recipient, ...], text: str) -> None:
@@ -37,6 +42,24 @@ def test_after_a_claim_that_ended_without_a_word_all_recipients_are_in_doubt() -
     for recipients in ((Recipient("a@x.example"),), (Recipient("a@x.example", "NEVER"), Recipient("b@x.example", in_doubt=True))):
         back = unpack_recipients(pack_recipients(recipients), in_doubt=True)
         assert back == tuple(r._replace(in_doubt=True) for r in recipients)
+
+
+@pytest.mark.parametrize("text", ["[[1", "[1]", '[["a@x.example","",""]]', '[["a@x.example",1,"",0,0]]', "[[1,2,3,4,5]]", "[null]"])
+def test_recipients_that_damage_has_made_something_else_are_an_error_and_nobody_for_the_eye(text: str) -> None:
+    with pytest.raises(ValueError):
+        unpack_recipients(text)
+    assert addresses_of(text) == ()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "1", '"x"'])
+def test_facts_that_damage_has_made_something_else_are_an_error_and_no_summary(text: str) -> None:
+    with pytest.raises(ValueError):
+        unpack_facts(text)
+    assert summary_of(text) == ""
+
+
+def test_recipients_without_a_mark_of_a_warning_were_not_warned() -> None:
+    assert unpack_recipients('[["a@x.example","","",1]]') == (Recipient("a@x.example", in_doubt=True),)
 
 
 def test_facts_that_are_as_usual_take_no_room() -> None:

@@ -13,9 +13,9 @@ import pytest
 
 from relay.clock import ManualClock
 from relay.mail.envelope import Recipient, Summary
-from relay.spool import commit, sqlite
+from relay.spool import commit, sqlite, sqlite_claims, sqlite_verbs
 from relay.spool import sqlite_schema as sql
-from relay.spool.base import FILE_ABOVE_BYTES, Lane, Next, SpoolError, SpoolFull, SpoolInUse
+from relay.spool.base import EVERYTHING, FILE_ABOVE_BYTES, Lane, Next, Selection, SpoolDamaged, SpoolError, SpoolFull, SpoolInUse
 from relay.spool.sqlite import SqliteSpool
 from tests.contract.drafts import DEFERRED, FAILED, IN_DOUBT, LANE, OTHER_LANE, SENT, content_of, draft, octets_of, settlement, stored_files
 from tests.support.eventually import eventually
@@ -171,7 +171,7 @@ async def test_a_database_that_is_none_is_refused(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(SpoolError, match="cannot be opened") as caught:
             open_spool(tmp_path)
-        assert type(caught.value) is SpoolError
+        assert type(caught.value) is SpoolDamaged
 
 
 async def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ async def test_a_lease_that_could_not_be_ended_is_ended_later(tmp_path: Path, mo
     clock = ManualClock()
     spool = open_spool(tmp_path, clock)
     await spool.put([draft(spool)], [True])
-    clock.advance(sqlite.LEASE_SECONDS)
+    clock.advance(sqlite_claims.LEASE_SECONDS)
     monkeypatch.setattr(sql, "EXPIRE", "UPDATE nonsense SET token = ?, doubt = ?")
     with pytest.raises(SpoolError):
         await spool.next_due()
@@ -497,6 +497,8 @@ async def test_many_puts_share_a_commit(spool: SqliteSpool) -> None:
     [
         (sql.CLAIMABLE, "SEARCH message USING INDEX waiting (upstream=? AND route=? AND <expr>=? AND due<?)"),
         (sql.NEXT_DUE, "SCAN message USING INDEX waiting"),
+        (sql.OVERDUE, "SEARCH message USING INDEX held (due<?)"),
+        (sql.MESSAGE, "SEARCH message USING INTEGER PRIMARY KEY"),
         (sql.SHARING, "SEARCH message USING COVERING INDEX sharing (content=?)"),
         (sql.CONTINUE, "SEARCH message USING INTEGER PRIMARY KEY"),
         (sql.EXPIRE, "SEARCH message USING INTEGER PRIMARY KEY"),
@@ -510,10 +512,64 @@ async def test_a_long_queue_is_never_read_whole(spool: SqliteSpool, statement: s
     assert not any("SORT" in step or "TEMP B-TREE" in step for step in steps), steps
 
 
-async def test_mail_that_is_put_claimed_never_enters_the_index_of_waiting_mail(spool: SqliteSpool) -> None:
+async def test_mail_that_is_put_claimed_never_enters_an_index(spool: SqliteSpool) -> None:
     await spool.put([draft(spool) for _ in range(5)], [True] * 5)
-    ((count,),) = spool._database.execute("SELECT count(*) FROM message INDEXED BY waiting WHERE token IS NULL AND held = ''")
-    assert count == 0
+    for index, condition in (("waiting", "held = ''"), ("held", "held != ''")):
+        ((count,),) = spool._database.execute(f"SELECT count(*) FROM message INDEXED BY {index} WHERE token IS NULL AND {condition}")
+        assert count == 0
+
+
+async def test_a_verb_on_a_long_queue_goes_page_by_page_and_mail_flows_between(spool: SqliteSpool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_verbs, "_PAGE_ROWS", 10)
+    await spool.put([draft(spool) for _ in range(95)], [False] * 95)
+    commits: list[None] = []
+    spool._database.set_commit_hook(lambda: bool(commits.append(None)))
+    holding = asyncio.ensure_future(spool.hold(EVERYTHING, "x"))
+    taken = 0
+    while not holding.done():
+        await spool.put([draft(spool)], [True])
+        taken += 1
+    assert len(await holding) == 95, "what came after the order is not held"
+    assert len(commits) >= 10
+    assert taken >= 5
+
+
+async def test_a_page_ends_early_where_messages_have_many_recipients(
+    spool: SqliteSpool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_verbs, "_PAGE_LOG_ROWS", 10)
+    drafts = [draft(spool, recipients=[f"r{place}@x.example" for place in range(4)]) for _ in range(8)]
+    await spool.put(drafts, [False] * 8)
+    commits: list[None] = []
+    spool._database.set_commit_hook(lambda: bool(commits.append(None)))
+    assert list(await spool.hold(EVERYTHING, "x")) == [each.id for each in drafts]
+    assert len(commits) >= 3
+    assert read(tmp_path / "spool", "SELECT count(*) FROM log") == [(32,)]
+
+
+async def test_a_claim_for_ending_that_a_crash_cuts_off_leaves_the_message_as_it_was(tmp_path: Path) -> None:
+    clock = ManualClock()
+    spool = open_spool(tmp_path / "spool", clock)
+    held, waiting, tried = (draft(spool, created=clock.now()) for _ in range(3))
+    claim, *_ = await spool.put([held, waiting, tried], [True, False, True])
+    assert claim is not None
+    await spool.settle(settlement(claim, DEFERRED, then=Next(clock.now() + 5, LANE, counted=False, held="no route"))._replace(tried=False))
+    assert len(await spool.take(Selection(ids=frozenset({waiting.id})), 10)) == 1
+    clock.advance(5)
+    assert [claim.id for claim in await spool.overdue(10)] == [held.id]
+    shutil.copytree(tmp_path / "spool", tmp_path / "after")
+    await spool.close()
+
+    after = open_spool(tmp_path / "after", clock)
+    (again,) = await after.overdue(10)
+    assert (again.id, again.held, again.envelope.recipients[0].in_doubt) == (held.id, "no route", False)
+    clock.advance(3600)
+    claims = await after.claim(LANE, 10)
+    assert {claim.id: (claim.attempt, claim.envelope.recipients[0].in_doubt) for claim in claims} == {
+        waiting.id: (1, False),
+        tried.id: (2, True),
+    }
+    await after.close()
 
 
 async def test_many_lanes_are_told_apart(spool: SqliteSpool) -> None:

@@ -12,9 +12,10 @@ from relay.clock import ManualClock
 from relay.mail.envelope import Envelope, Origin, Recipient, Summary
 from relay.mail.outcome import Failure, Outcome, Phase, outcome_of_failure, outcome_of_reply
 from relay.mail.reply import Reply
-from relay.spool.base import Claim, Content, Draft, Lane, Next, Settlement, SpoolError
+from relay.spool.base import FILE_ABOVE_BYTES, Claim, Content, Draft, Lane, Next, Selection, Settlement, SpoolError
 from relay.spool.sqlite import SqliteSpool
-from relay.spool.sqlite_view import Selection, SqliteView
+from relay.spool.sqlite_view import Details, SqliteView
+from tests.contract.drafts import octets_of
 
 ACME, GLOBEX, HOUSE = Lane("acme", "acme"), Lane("globex", "globex"), Lane("house", "acme")
 SENT = outcome_of_reply(Phase.FINAL, Reply(250, "2.0.0", "taken"))
@@ -134,6 +135,41 @@ async def test_messages_are_found_by_their_ids(desk: Desk) -> None:
     view = desk.view()
     wanted = frozenset(q.id for q in view.queued() if q.state in ("active", "held"))
     assert {q.id for q in view.queued(Selection(ids=wanted))} == wanted
+
+
+async def test_one_message_is_shown_with_all_that_is_stored_of_it(desk: Desk) -> None:
+    recipients = (Recipient("a@x.example", "NEVER", "rfc822;b@x.example"), Recipient("c@x.example"))
+    envelope = Envelope("app@acme.example", recipients, smtputf8=True, ret="HDRS", envid="x")
+    origin, summary = Origin("local", "::1", "erp", "S1", "app@acme.example"), Summary("a", "c", "s")
+    small, large = b"Subject: s\r\n\r\nhello\r\n", b"L" * (FILE_ABOVE_BYTES + 1)
+    for octets in (small, large):
+        draft = Draft(
+            desk.spool.new_id(), ACME, envelope, Content(len(octets), octets), desk.clock.now(), b"Received: x\r\n", origin, summary
+        )  # fmt: skip
+        await desk.spool.put([draft], [False])
+        view = desk.view()
+        queued = view.message(draft.id)
+        assert queued is not None
+        assert (queued.id, queued.state, queued.recipients, queued.size) == (draft.id, "due", ("a@x.example", "c@x.example"), len(octets))
+        assert view.details(draft.id) == Details(envelope, origin, summary, b"Received: x\r\n")
+        content = view.content(draft.id)
+        assert content is not None
+        assert octets_of(content) == octets
+
+
+async def test_of_a_message_that_is_not_there_nothing_is_shown(desk: Desk) -> None:
+    await desk.put("app@acme.example", "a@x.example")
+    view = desk.view()
+    assert (view.message("1"), view.details("1"), view.content("1")) == (None, None, None)
+
+
+async def test_content_that_is_missing_is_an_error_in_words(desk: Desk) -> None:
+    draft = await desk.put("app@acme.example", "a@x.example")
+    writer = apsw.Connection(str(desk.directory / "spool.db"))
+    writer.execute("DELETE FROM content")
+    writer.close()
+    with pytest.raises(SpoolError, match=f"the content of {draft.id} is missing from the spool"):
+        desk.view().content(draft.id)
 
 
 async def test_a_recipient_in_doubt_is_shown_as_such(desk: Desk) -> None:

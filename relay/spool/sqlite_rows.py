@@ -1,0 +1,115 @@
+"""How the embedded spool adds, changes and removes the rows of messages: put, and the end of a claim.
+
+`put` and `end` touch pages that are at hand and run on the loop; the rest runs in the writer thread; all of it inside a batch's
+transaction. Removing a row may touch its neighbours' pages. Where one of them is damaged the row stays, marked as ended and held: what
+became of the message is stored all the same, or it would be sent again at every start.
+
+State: an estimate of how much has been logged since the last checkpoint.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import apsw
+
+from relay.spool import sqlite_schema as sql
+from relay.spool.base import LeaseLost
+from relay.spool.records import id_of
+from relay.spool.sqlite_claims import Again, Claims, Lease, Place
+
+_ROW_BYTES = 2048  # what a message's rows and pages come to in the log, beside its content; an estimate
+
+#: Rows for `message` and for `content`.
+Puts = tuple[list[tuple[object, ...]], list[tuple[int, bytes]]]
+
+
+class Ending(NamedTuple):
+    """What is needed to settle one claim: the bounce's rows and those of the delivery log.
+
+    `values`: what changes in a message that goes back to a lane; None for one that has nobody left to serve.
+    """
+
+    number: int
+    lease: Lease
+    bounce: Puts
+    log: list[tuple[object, ...]]
+    values: tuple[object, ...] | None
+
+
+class Rows:
+    """Rows of one database. Every method takes what one batch has of its kind."""
+
+    def __init__(self, database: apsw.Connection, claims: Claims) -> None:
+        self._database = database
+        self._claims = claims
+        self.logged_bytes = 0
+
+    def put(self, arguments: list[Puts]) -> list[None]:
+        blobs = [blob for _, blobs in arguments for blob in blobs]
+        self._insert(sql.put_messages, [row for rows, _ in arguments for row in rows])
+        self._insert(sql.put_contents, blobs)
+        self.logged(len(arguments), sum(len(octets) for _, octets in blobs))
+        return [None] * len(arguments)
+
+    def end(self, endings: list[Ending]) -> list[list[int]]:
+        """Remove messages that have nobody left to serve. Answers, for each, the content files that nobody needs any more."""
+        keys = [(ending.number, ending.lease.token) for ending in endings]
+        try:
+            for start in range(0, len(keys), sql.ROWS_A_STATEMENT):
+                some = keys[start : start + sql.ROWS_A_STATEMENT]
+                self._database.execute(sql.end_messages(len(some)), [value for key in some for value in key])
+                if self._database.changes() != len(some):
+                    raise LeaseLost(id_of(some[0][0]))  # of one of them: the batch is undone and each is tried alone
+            files = self.forget([ending.lease.place for ending in endings])
+        except apsw.CorruptError as error:
+            raise Again from error
+        self._conclude(endings)
+        return files
+
+    def resume(self, endings: list[Ending]) -> list[list[int]]:
+        """Give messages back to their lanes."""
+        for ending in endings:
+            assert ending.values is not None, "it is known what is next"
+            try:
+                self._database.execute(sql.CONTINUE, (*ending.values, ending.number, ending.lease.token))
+            except apsw.CorruptError as error:
+                raise Again from error
+            if not self._database.changes():
+                raise LeaseLost(id_of(ending.number))
+        self._conclude(endings)
+        return [[] for _ in endings]
+
+    def end_beside_damage(self, endings: list[Ending]) -> list[list[int]]:
+        """Store what became of messages whose rows cannot be removed or changed as they should."""
+        for ending in endings:
+            self._claims.leave(ending.number, sql.STUCK if ending.values is None else sql.LOST)
+        self._conclude(endings)
+        return [[] for _ in endings]
+
+    def forget(self, places: Iterable[Place]) -> list[list[int]]:
+        """Remove content that no message has any more. Answers, for each, the files that can go once this is committed."""
+        files: list[list[int]] = []
+        blobs: list[tuple[int]] = []
+        for content, filed, shared in places:
+            needed = shared and self._database.execute(sql.SHARING, (content,)).fetchone()
+            files.append([content] if filed and not needed else [])
+            if not filed and not needed:
+                blobs.append((content,))
+        self._insert(sql.end_contents, blobs)
+        return files
+
+    def logged(self, messages: int, octets: int = 0) -> None:
+        """Keep the estimate."""
+        self.logged_bytes += _ROW_BYTES * messages + octets
+
+    def _conclude(self, endings: list[Ending]) -> None:
+        """What every settle does beside: its bounce and its lines in the delivery log."""
+        self.put([ending.bounce for ending in endings])
+        self._insert(sql.put_log, [row for ending in endings for row in ending.log])
+        self.logged(len(endings))
+
+    def _insert(self, statement: Callable[[int], str], rows: Sequence[tuple[object, ...]]) -> None:
+        """Insert rows, as many as one statement takes at a time."""
+        for start in range(0, len(rows), sql.ROWS_A_STATEMENT):
+            some = rows[start : start + sql.ROWS_A_STATEMENT]
+            self._database.execute(statement(len(some)), [value for row in some for value in row])

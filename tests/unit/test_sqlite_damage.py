@@ -1,0 +1,386 @@
+"""A damaged database: what can be read goes on, what cannot is put aside and told of, and nothing is asked for for ever."""
+
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+
+from relay.clock import ManualClock
+from relay.spool import sqlite_claims, sqlite_verbs
+from relay.spool import sqlite_schema as sql
+from relay.spool.base import EVERYTHING, Claim, Draft, Lane, LeaseLost, MessageId, Next, Selection, SpoolError
+from relay.spool.records import number_of
+from relay.spool.sqlite import SqliteSpool
+from relay.spool.sqlite_claims import Lease, Place
+from relay.spool.sqlite_damage import read_page
+from relay.spool.sqlite_schema import DATABASE
+from relay.spool.sqlite_view import SqliteView
+from tests.contract.drafts import DEFERRED, FAILED, LANE, OTHER_LANE, SENT, draft, settlement
+
+PAGE_BYTES = 4096
+
+
+class Attic:
+    """A spool directory that is opened, damaged while it is closed, and opened again."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.clock = ManualClock()
+        self.told: list[tuple[MessageId, Lane, str]] = []
+
+    def open(self) -> SqliteSpool:
+        return SqliteSpool(
+            self.directory, self.clock, backoff=lambda attempts: 60.0, keep_log_seconds=1e9, quarantined=lambda *it: self.told.append(it)
+        )  # fmt: skip
+
+    async def fill(self, count: int, *, lane: Lane = LANE, octets: bytes = b"hello", claimed: bool = False) -> list[Draft]:
+        spool = self.open()
+        drafts = [
+            draft(spool, lane=lane, recipients=[f"<{place:04}>@x.example"], content=octets, prefix=b"p" * 300, due=float(place))
+            for place in range(count)
+        ]
+        await spool.put(drafts, [claimed] * count)
+        await spool.close()
+        return drafts
+
+    def damage(self, needle: str | bytes, *, place: int = 0) -> None:
+        """Overwrite the one page that has these octets, or the first or the last (0, -1) of several."""
+        path = self.directory / DATABASE
+        octets = bytearray(path.read_bytes())
+        needle = needle.encode() if isinstance(needle, str) else needle
+        pages = [start for start in range(0, len(octets), PAGE_BYTES) if needle in octets[start : start + PAGE_BYTES]]
+        start = pages[place]
+        octets[start : start + PAGE_BYTES] = b"\xff" * PAGE_BYTES
+        path.write_bytes(octets)
+
+    @property
+    def aside(self) -> list[MessageId]:
+        """The messages that were put aside when they were to be claimed."""
+        return [id for id, lane, _ in self.told if lane == LANE]
+
+    def change(self, statement: str, *values: object) -> None:
+        with closing(apsw.Connection(str(self.directory / DATABASE))) as database:
+            database.execute(statement, values)
+
+    def view(self) -> SqliteView:
+        return SqliteView(self.directory, self.clock)
+
+
+@pytest.fixture
+def attic(tmp_path: Path) -> Attic:
+    return Attic(tmp_path / "spool")
+
+
+# -- rows -----------------------------------------------------------------------------------------------------------------
+
+
+async def test_messages_on_a_damaged_page_are_put_aside_and_the_others_of_their_lane_go_on(attic: Attic) -> None:
+    drafts = await attic.fill(60)
+    attic.damage("<0020>")
+    spool = attic.open()
+    claimed: list[str] = []
+    while claims := await spool.claim(LANE, 7):
+        assert len(claims) == 7 or len(claimed) + len(claims) + len(attic.aside) == 60, "a claim is not short because of the damaged"
+        claimed += [claim.id for claim in claims]
+        for claim in claims:
+            await spool.settle(settlement(claim))
+    aside = attic.aside
+    assert drafts[20].id in aside
+    assert len(aside) == len(set(aside)) < 20
+    assert sorted([*claimed, *aside]) == [each.id for each in drafts]
+    assert {reason.partition(":")[0] for _, lane, reason in attic.told if lane == LANE} == {"its record in the spool is damaged"}
+    assert await spool.next_due() == {}, "nobody comes back for them"
+    fresh = draft(spool)
+    await spool.put([fresh], [False])
+    assert [claim.id for claim in await spool.claim(LANE, 1)] == [fresh.id]
+    assert spool.unhealthy() is None
+    await spool.close()
+
+
+async def test_what_became_of_a_message_is_stored_once_whatever_is_damaged_around_its_record(attic: Attic) -> None:
+    drafts = await attic.fill(60, octets=b"")
+    attic.damage("<0020>")
+    spool = attic.open()
+    claims = await spool.claim(LANE, 100)
+    bounces = []
+    for place, claim in enumerate(claims):
+        bounces.append(draft(spool, sender="", lane=OTHER_LANE))
+        await spool.settle(settlement(claim, FAILED if place % 2 else SENT, bounce=bounces[-1]))
+        with pytest.raises(LeaseLost):
+            await spool.settle(settlement(claim, FAILED))
+    await spool.close()
+    spool = attic.open()
+    attic.clock.advance(3600)
+    assert not {claim.id for claim in await spool.claim(LANE, 100)} & {claim.id for claim in claims}, "nothing is sent a second time"
+    assert [claim.id for claim in await spool.claim(OTHER_LANE, 100)] == [bounce.id for bounce in bounces]
+    with closing(attic.view()) as view:
+        assert [entry.id for entry in view.log()] == [claim.id for claim in claims]
+        assert {queued.held for queued in view.queued(Selection(state="held"))} == {sql.STUCK}
+    assert len(drafts) == 60
+    await spool.close()
+
+
+async def test_what_is_damaged_while_it_is_attempted_is_not_settled_for_ever(attic: Attic) -> None:
+    """Its own record is what is damaged: the log has the outcome, the bounce is there, and nobody tries again before a restart."""
+    await attic.fill(60)
+    spool = attic.open()
+    claims = await spool.claim(LANE, 100)
+    await spool.close()
+    attic.damage("<0020>")
+    spool = attic.open()
+    await spool.next_due()
+    number = number_of(claims[20].id)
+    lease = Lease(7, 1e9, Place(number, False, False))
+    spool._leases[number] = lease
+    bounce = draft(spool, sender="", lane=OTHER_LANE)
+    await spool.settle(settlement(claims[20]._replace(token=7), FAILED, bounce=bounce))
+    spool._leases[number + 1] = lease
+    await spool.settle(settlement(claims[21]._replace(token=7), DEFERRED, then=Next(0.0, LANE)))
+    assert [claim.id for claim in await spool.claim(OTHER_LANE, 10)] == [bounce.id]
+    assert {claims[20].id, claims[21].id} <= {id for id, _, _ in attic.told}
+    with closing(attic.view()) as view:
+        assert [(entry.id, entry.status) for entry in view.log()] == [(claims[20].id, "failed"), (claims[21].id, "deferred")]
+    await spool.close()
+
+
+async def test_a_claim_of_a_damaged_record_that_expires_keeps_nobody_from_looking(attic: Attic) -> None:
+    await attic.fill(60)
+    spool = attic.open()
+    claims = await spool.claim(LANE, 30)
+    await spool.close()
+    attic.damage("<0020>")
+    spool = attic.open()
+    number = number_of(claims[20].id)
+    spool._leases[number] = Lease(7, 0.0, Place(number, False, False))
+    assert list(await spool.next_due()) == [LANE]
+    assert spool._leases == {}
+    await spool.close()
+
+
+async def test_what_was_claimed_before_the_damage_is_taken_over_but_for_the_damaged(attic: Attic) -> None:
+    drafts = await attic.fill(60, claimed=True)
+    attic.damage("<0030>")
+    attic.clock.advance(60)
+    spool = attic.open()
+    claims = await spool.claim(LANE, 100)
+    assert {claim.attempt for claim in claims} == {2}
+    assert all(claim.envelope.recipients[0].in_doubt for claim in claims)
+    ids = {claim.id for claim in claims}
+    lost = [each.id for each in drafts if each.id not in ids]
+    assert drafts[30].id in lost
+    assert len(lost) < 20
+    assert lost == [each.id for each in drafts if lost[0] <= each.id <= lost[-1]], "one page of neighbours"
+    ((first, _, reason),) = attic.told
+    assert first < lost[0] <= lost[-1] <= reason.split()[6].rstrip(",")
+    await spool.close()
+
+
+async def test_two_damaged_pages_hide_nothing_between_them(attic: Attic) -> None:
+    drafts = await attic.fill(90, claimed=True)
+    attic.damage("<0030>")
+    attic.damage("<0060>")
+    attic.clock.advance(60)
+    spool = attic.open()
+    ids = {claim.id for claim in await spool.claim(LANE, 100)}
+    assert drafts[45].id in ids
+    assert {drafts[0].id, drafts[89].id} <= ids
+    assert len(attic.told) == 2
+    await spool.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("recipients = '[[1]'", "its record in the spool is damaged"),
+        ("recipients = '[1, 2]'", "its record in the spool is damaged"),
+        ("recipients = '[[\"a@x.example\"]]'", "its record in the spool is damaged"),
+        ("recipients = '[[1, 2, 3, 4, 5]]'", "its record in the spool is damaged"),
+        ("recipients = CAST(x'ff40' AS TEXT)", "its record in the spool is damaged"),
+        ("facts = '{'", "its record in the spool is damaged"),
+        ("facts = '[]'", "its record in the spool is damaged"),
+        ("content = 7", "the content is missing from the spool"),
+        ("size = 6", "its content in the spool is damaged"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["claim", "overdue", "take"])
+async def test_a_message_that_makes_no_sense_is_held_without_end_with_the_reason(
+    attic: Attic, change: str, reason: str, verb: str
+) -> None:  # fmt: skip
+    drafts = await attic.fill(3)
+    attic.change(f"UPDATE message SET {change} WHERE id = ?", number_of(drafts[1].id))
+    if verb == "overdue":
+        attic.change("UPDATE message SET held = 'x', due = 1")
+    spool = attic.open()
+    ask: dict[str, Callable[[], Coroutine[Any, Any, Sequence[Claim]]]] = {
+        "claim": lambda: spool.claim(LANE, 10),
+        "overdue": lambda: spool.overdue(10),
+        "take": lambda: spool.take(EVERYTHING, 10),
+    }
+    claims = await ask[verb]()
+    skipped = drafts[1].id if "ff40" not in change or verb != "take" else None  # a page of the queue passes it over
+    assert [claim.id for claim in claims] == [drafts[0].id, drafts[2].id]
+    if skipped:
+        ((id, _, told),) = attic.told
+        assert (id, told.partition(":")[0]) == (skipped, reason)
+        attic.clock.advance(1e9)
+        assert await spool.overdue(10) == []
+    await spool.close()
+
+
+async def test_what_was_put_aside_is_shown_and_can_be_dropped(attic: Attic) -> None:
+    drafts = await attic.fill(3)
+    attic.change("UPDATE message SET recipients = '[[1]' WHERE id = ?", number_of(drafts[1].id))
+    spool = attic.open()
+    await spool.claim(LANE, 10)
+    with closing(attic.view()) as view:
+        queued = view.message(drafts[1].id)
+        assert queued is not None
+        assert (queued.state, queued.recipients, queued.due) == ("held", (), float("inf"))
+        assert queued.held.startswith("its record in the spool is damaged")
+        with pytest.raises(SpoolError, match="damaged"):
+            view.details(drafts[1].id)
+    assert await spool.drop(Selection(state="held")) == [drafts[1].id]
+    with closing(attic.view()) as view:
+        assert view.message(drafts[1].id) is None
+        assert [(entry.recipient, entry.status) for entry in view.log()] == [("", "dropped")]
+    await spool.close()
+
+
+# -- content --------------------------------------------------------------------------------------------------------------
+
+
+async def test_damaged_content_holds_its_messages_over_a_restart(attic: Attic) -> None:
+    drafts = await attic.fill(4, octets=b"")
+    spool = attic.open()
+    odd = draft(spool, content=b"y" * 9000 + b"<the end>" + b"z" * 9000, due=2.5)
+    await spool.put([odd], [False])
+    await spool.close()
+    attic.damage("<the end>")
+    spool = attic.open()
+    assert [claim.id for claim in await spool.claim(LANE, 10)] == [each.id for each in drafts]
+    await spool.close()
+    spool = attic.open()
+    attic.clock.advance(60)
+    assert [claim.id for claim in await spool.claim(LANE, 10)] == [each.id for each in drafts]
+    ((id, _, reason),) = attic.told
+    assert (id, reason.partition(":")[0]) == (odd.id, "its content in the spool is damaged")
+    with closing(attic.view()) as view:
+        assert [queued.id for queued in view.queued(Selection(state="held"))] == [odd.id]
+        with pytest.raises(SpoolError, match="cannot be read"):
+            view.content(odd.id)
+    await spool.release(EVERYTHING)
+    assert await spool.claim(LANE, 10) == []
+    assert len(attic.told) == 2
+    assert await spool.drop(Selection(state="held")) == [odd.id]
+    await spool.close()
+
+
+# -- indexes --------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_damaged_index_is_made_anew(attic: Attic) -> None:
+    lane = Lane("needle-in-an-upstream", "r")
+    drafts = await attic.fill(200, lane=lane, octets=b"")
+    with closing(apsw.Connection(str(attic.directory / DATABASE))) as database:
+        root = database.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'waiting'").get
+    octets = bytearray((attic.directory / DATABASE).read_bytes())
+    octets[(root - 1) * PAGE_BYTES : root * PAGE_BYTES] = b"\xff" * PAGE_BYTES
+    (attic.directory / DATABASE).write_bytes(octets)
+    spool = attic.open()
+    assert [claim.id for claim in await spool.claim(lane, 300)] == [each.id for each in drafts]
+    assert attic.told == []
+    await spool.close()
+
+
+# -- the operator's view and verbs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [7, 500])
+async def test_a_listing_and_the_verbs_pass_a_damaged_page_over(attic: Attic, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_verbs, "_PAGE_ROWS", rows)
+    drafts = await attic.fill(60)
+    attic.damage("<0020>")
+    with closing(attic.view()) as view:
+        shown = [queued.id for queued in view.queued()]
+        assert view.message(drafts[40].id) is not None
+        assert view.message(drafts[20].id) is None
+    assert drafts[20].id not in shown
+    assert {drafts[0].id, drafts[59].id} <= set(shown)
+    assert len(shown) > 40
+    spool = attic.open()
+    assert list(await spool.hold(EVERYTHING, "x")) == shown
+    assert len(await spool.release(EVERYTHING)) == len(shown)
+    dropped = set(await spool.drop(EVERYTHING))
+    with closing(attic.view()) as view:
+        stuck = {queued.id: queued.held for queued in view.queued()}
+    assert sorted([*dropped, *stuck]) == shown
+    assert len(stuck) < 25, "the neighbours of the damaged page"
+    assert set(stuck.values()) == {"it has ended; the spool is damaged and its record could not be removed"}
+    await spool.close()
+
+
+def rows_of(numbers: list[int], bad: set[int]) -> Callable[[int, int], list[Any]]:
+    """A table with these ids; what reads one of `bad` fails."""
+
+    def fetch(after: int, limit: int) -> list[Any]:
+        chosen = [number for number in numbers if number > after][:limit]
+        if bad.intersection(chosen):
+            raise apsw.CorruptError("malformed")
+        return [(number,) for number in chosen]
+
+    return fetch
+
+
+@pytest.mark.parametrize(
+    ("bad", "found"),
+    [
+        ((), (100, 200, 300, 400, 500, 600)),
+        ((100,), (200, 300, 400, 500, 600)),
+        ((300,), (100, 200, 400, 500, 600)),
+        ((300, 400, 500), (100, 200, 600)),
+        ((600,), (100, 200, 300, 400, 500)),
+        ((100, 300, 600), (200, 400, 500)),
+        ((100, 200, 300, 400, 500, 600), ()),
+    ],
+)
+@pytest.mark.parametrize("limit", [1, 2, 100])
+def test_all_rows_before_between_and_behind_the_damage_are_found_once(bad: tuple[int, ...], found: tuple[int, ...], limit: int) -> None:
+    fetch = rows_of([100, 200, 300, 400, 500, 600], set(bad))
+    seen: list[int] = []
+    after, until, rounds = 0, 700, 0
+    while after < until:
+        rows, after, _ = read_page(fetch, after=after, until=until, limit=limit)
+        seen += [number for (number,) in rows]
+        rounds += 1
+        assert rounds < 50, "it goes on"
+    assert tuple(seen) == found
+
+
+# -- errors that may pass -------------------------------------------------------------------------------------------------
+
+
+async def test_a_message_that_gives_an_io_error_is_left_for_a_while(attic: Attic, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafts = await attic.fill(3)
+    spool = attic.open()
+    octets = sqlite_claims.Claims._octets
+
+    def broken(self: sqlite_claims.Claims, number: int, content: int, size: int) -> bytes:
+        if content == number_of(drafts[1].id):
+            raise apsw.IOError("disk I/O error")
+        return octets(self, number, content, size)
+
+    monkeypatch.setattr(sqlite_claims.Claims, "_octets", broken)
+    claims = await spool.claim(LANE, 10)
+    assert [claim.id for claim in claims] == [drafts[0].id, drafts[2].id]
+    assert await spool.claim(LANE, 10) == []
+    assert await spool.next_due() == {}
+    for claim in claims:
+        await spool.settle(settlement(claim))
+    monkeypatch.undo()
+    attic.clock.advance(sqlite_claims._READ_AGAIN_SECONDS)
+    assert list(await spool.next_due()) == [LANE]
+    assert [claim.id for claim in await spool.claim(LANE, 10)] == [drafts[1].id]
+    await spool.close()
