@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
-from relay.config.model import Config, Route, effective_rewrite
+from relay.config.model import Config, Retry, Route, effective_rewrite
 from relay.config.model import Rewrite as RewriteSettings
 from relay.mail.address import folded, patterns_for
 from relay.mail.envelope import Facts, Origin
@@ -45,6 +45,7 @@ class Router:
 
     def __init__(self, config: Config) -> None:
         self._routes = config.routes
+        self._retry = config.retry
         self._by_name = {route.name: route for route in config.routes}
         self._by_sender: dict[str, list[int]] = {}
         self._by_recipient: dict[str, list[int]] = {}
@@ -73,9 +74,30 @@ class Router:
                 return self._matches.get(number) or self._matches.setdefault(number, Match(route, describe(route)))
         return NO_MATCH
 
+    def report_route(self, recipient: str, origin: Origin, *, came_by: str) -> Route | None:
+        """The route of a report of ours to `recipient`, who sent what it is about and whose address is `origin.header_from`.
+
+        That of a null sender with his address in From; where there is none, that of his own mail; and where this is only for other
+        recipients, the route that his message `came_by`, if it is still one of his.
+        """
+        route = self.match(Facts("", recipient, origin)).route
+        if route is None or route.upstream is None:  # a route that rejects what apps send from <> says nothing about our reports
+            route = self.match(Facts(origin.header_from, recipient, origin)).route
+        if route is not None:
+            return route
+        known = self._by_name.get(came_by)
+        if known is None or known.upstream is None or not _admits(known, origin):
+            return None
+        return known if "*" in known.sender or _meets(known.sender, origin.header_from) else None
+
     def route(self, name: str) -> Route | None:
         """The route of that name."""
         return self._by_name.get(name)
+
+    def retry_of(self, name: str) -> Retry:
+        """When deferred mail of the route of that name is tried again: as it says itself, else as the file says for all."""
+        route = self._by_name.get(name)
+        return route.retry if route is not None and route.retry is not None else self._retry
 
     def explain(self, facts: Facts) -> list[Verdict]:
         """Every route up to the first match, with the condition that failed or all that held. Slow: for people."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from relay.intake import Transaction
+from relay.mail import dsn
 from relay.mail.address import AddressError, ParameterError, parse_parameters, parse_path
 from relay.mail.envelope import Origin, Recipient
 from relay.mail.reply import Reply
@@ -98,17 +99,20 @@ class Dialogue:
         try:
             sender, text = _path_after("FROM:", argument)
             parameters = parse_parameters(text) if text else {}
+            ret, envid = dsn.message_wishes(parameters)
         except AddressError as error:
             return Reply(501, "5.1.7", f"Bad sender address: {error}")
         except (_KeywordMissing, ParameterError):
             return _SYNTAX
         if (reply := self._check_parameters(parameters)) is not None:
             return self.refuse(reply, sender or "<>") if reply is _TOO_LARGE else reply
+        if "SIZE" in parameters and (obstacle := self._door.intake.obstacle(int(parameters["SIZE"]))) is not None:
+            return self.refuse(obstacle, sender or "<>")
         smtputf8 = "SMTPUTF8" in parameters
         if not smtputf8 and not sender.isascii():
             return Reply(550, "5.6.7", "A non-ASCII address needs SMTPUTF8")
         protocol = "UTF8SMTP" if smtputf8 else "ESMTP" if self._extended else "SMTP"
-        opened = self._door.intake.begin(self._origin, self._client_name, protocol, sender, smtputf8=smtputf8)
+        opened = self._door.intake.begin(self._origin, self._client_name, protocol, sender, smtputf8=smtputf8, ret=ret, envid=envid)
         if isinstance(opened, Reply):
             return self.refuse(opened, sender or "<>")
         self._transaction = opened
@@ -127,7 +131,7 @@ class Dialogue:
             elif keyword == "SMTPUTF8":  # RFC 6531
                 if value:
                     return _SYNTAX
-            else:
+            elif keyword not in ("RET", "ENVID"):  # RFC 3461, read already
                 return _UNKNOWN_PARAMETER
         return None
 
@@ -137,8 +141,12 @@ class Dialogue:
             return _NEED_MAIL
         try:
             address, text = _path_after("TO:", argument)
-            if text and parse_parameters(text):
-                return _UNKNOWN_PARAMETER
+            notify = orcpt = ""
+            if text:
+                parameters = parse_parameters(text)
+                if parameters.keys() - {"NOTIFY", "ORCPT"}:
+                    return _UNKNOWN_PARAMETER
+                notify, orcpt = dsn.recipient_wishes(parameters, smtputf8=transaction.smtputf8)
         except AddressError as error:
             return Reply(501, "5.1.3", f"Bad recipient address: {error}")
         except (_KeywordMissing, ParameterError):
@@ -147,7 +155,7 @@ class Dialogue:
             return Reply(501, "5.1.3", "Bad recipient address: it is empty")
         if not transaction.smtputf8 and not address.isascii():
             return Reply(550, "5.6.7", "A non-ASCII address needs SMTPUTF8")
-        reply = self._door.intake.add(transaction, Recipient(address), limit=self._door.settings.recipients)
+        reply = self._door.intake.add(transaction, Recipient(address, notify, orcpt), limit=self._door.settings.recipients)
         return _RECIPIENT_OK if reply is None else self.refuse(reply, transaction.sender or "<>", address)
 
     def _data(self, argument: str) -> Reply:

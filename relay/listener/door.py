@@ -74,5 +74,5 @@ class Door:
 
 def _extensions(settings: Listener, hostname: str) -> Reply:
     """The reply to EHLO, a line for each extension."""
-    lines = (hostname, "PIPELINING", f"SIZE {settings.message_size}", "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES")
+    lines = (hostname, "PIPELINING", f"SIZE {settings.message_size}", "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES", "DSN")
     return Reply(250, "", "\n".join(lines))

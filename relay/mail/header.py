@@ -166,8 +166,20 @@ def scan(block: bytes) -> Scan:
 
 def traces_of(found: Scan, hostname: str) -> int:
     """How many of the Received fields were made by `hostname`: its name follows the word `by`."""
-    by = re.compile(rb"\bby[ \t\r\n]+" + re.escape(hostname.encode()) + rb"(?![\w.-])", re.IGNORECASE)
-    return sum(1 for trace in found.traces if by.search(trace))
+    made_by = _made_by(hostname)
+    return sum(1 for trace in found.traces if made_by.search(trace))
+
+
+def ids_by(found: Scan, hostname: str) -> list[str]:
+    """The queue ids in the Received fields that were made by `hostname`."""
+    made_by = _made_by(hostname)
+    return [match[1].decode("ascii").upper() for trace in found.traces if (match := made_by.search(trace)) and match[1]]
+
+
+@lru_cache(maxsize=16)
+def _made_by(hostname: str) -> re.Pattern[bytes]:
+    name = re.escape(hostname.encode())
+    return re.compile(rb"\bby[ \t\r\n]+" + name + rb"(?![\w.-])(?:[^;]*?[ \t\n]id[ \t\r\n]+([0-9A-F]{13,16})\b)?", re.IGNORECASE)
 
 
 def summary_of(found: Scan) -> Summary:

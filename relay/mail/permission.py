@@ -1,11 +1,11 @@
 """Whether an upstream's credential may send what is about to go out: fail-closed tenancy (law 6).
 
-One function, asked at intake and again on the bytes that leave. Pure.
+`objection` is asked at intake and again on the bytes that leave. Pure.
 """
 
 from collections.abc import Sequence
 
-from relay.mail.address import patterns_for
+from relay.mail.address import domain_of, patterns_for
 from relay.mail.header import Scan, from_address
 
 
@@ -29,6 +29,18 @@ def objection(senders: Sequence[str], envelope_sender: str, found: Scan) -> str 
         if not agent or not _owns(senders, agent):
             return f"the Sender address {agent or '(unreadable)'} is not one of its senders"
     return None
+
+
+def report_author(senders: Sequence[str], sender: str) -> str | None:
+    """The From of a report of ours to `sender` at an upstream bound to `senders`, or None where MAILER-DAEMON at his domain will do.
+
+    Else himself, whose mail it sends, or the first address that it may use: a report is not lost to a credential of single addresses.
+    """
+    if not senders or _owns(senders, f"MAILER-DAEMON@{domain_of(sender)}"):
+        return None
+    if _owns(senders, sender):
+        return sender
+    return senders[0] if "@" in senders[0] else f"MAILER-DAEMON@{senders[0]}"
 
 
 def _owns(senders: Sequence[str], address: str) -> bool:

@@ -123,6 +123,7 @@ class Stage:
                 assert not self._lines[step.who], self._lines[step.who]
                 await (await self._client(step.who)).expect_close()
             case "relay stops":
+                self._front.waits.stop()
                 self._front.door.stop()
             case "got":
                 self._compare(step.text)

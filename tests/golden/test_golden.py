@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from relay.mail.bounce import Undelivered, make_bounce
+from relay.mail.bounce import About, Action, Notice, make_bounce
 from relay.mail.envelope import Envelope, Recipient
 from relay.mail.outcome import Failure, Phase, outcome_of_failure, outcome_of_reply
 from relay.mail.reply import Reply
@@ -38,6 +38,8 @@ RULES = {
 REFUSED = outcome_of_reply(Phase.RCPT, Reply(550, "5.1.1", "<bob@example.org>: Recipient address rejected: User unknown"))
 REJECTED = outcome_of_reply(Phase.FINAL, Reply(554, "", "Spam " * 60))
 EXPIRED = outcome_of_failure(Phase.CONNECT, Failure.UNREACHABLE, "mx.acme.example: connection refused")
+BUSY = outcome_of_reply(Phase.RCPT, Reply(450, "4.2.1", "Mailbox busy"))
+TAKEN = outcome_of_reply(Phase.FINAL, Reply(250, "2.0.0", "Ok: queued as 4711"))
 IN_DOUBT = outcome_of_failure(Phase.FINAL, Failure.TIMEOUT, "no reply within 600 s")
 
 BOUNCES = {
@@ -50,7 +52,17 @@ BOUNCES = {
     "expired": [(Recipient("bob@example.org"), EXPIRED)],
     "in-doubt": [(Recipient("bob@example.org"), IN_DOUBT)],
     "international": [(Recipient("jürgen@bücher.example"), outcome_of_reply(Phase.RCPT, Reply(550, "5.1.1", "jürgen ist unbekannt")))],
+    "full": [(Recipient("bob@example.org"), REFUSED)],
+    "given-up": [(Recipient("bob@example.org", in_doubt=True), EXPIRED)],
+    "delayed": [(Recipient("bob@example.org"), EXPIRED), (Recipient("carol@example.org"), BUSY)],
+    "relayed": [(Recipient("bob@example.org", notify="SUCCESS,FAILURE"), TAKEN)],
+    "mixed": [
+        (Recipient("bob@example.org", notify="SUCCESS,FAILURE"), TAKEN),
+        (Recipient("carol@example.org"), REJECTED),
+        (Recipient("dora@example.org"), BUSY),
+    ],
 }
+ACTIONS = {"delayed": [Action.DELAYED] * 2, "relayed": [Action.RELAYED], "mixed": [Action.RELAYED, Action.FAILED, Action.DELAYED]}
 
 
 def agree(path: Path, octets: bytes) -> None:
@@ -67,9 +79,17 @@ def test_a_rewritten_header_is_as_it_was(name: str) -> None:
 
 @pytest.mark.parametrize("name", BOUNCES)
 def test_a_bounce_is_as_it_was(name: str) -> None:
-    failed = BOUNCES[name]
-    envelope = Envelope("app@acme.example", tuple(recipient for recipient, _ in failed), envid="order+2B7" if name == "several" else "")
-    about = Undelivered("0123456789abc", envelope, failed, HEADER, 1_800_000_000.0, "acme", "" if name == "expired" else "mx.acme.example")
-    bounce = make_bounce(about, reporting_mta="relay.example.net", bounce_id="0123456789abd", now=1_800_345_600.0)
+    actions = ACTIONS.get(name, [Action.FAILED] * len(BOUNCES[name]))
+    notices = [Notice(*fate, action) for fate, action in zip(BOUNCES[name], actions, strict=True)]
+    envelope = Envelope(
+        "app@acme.example", tuple(notice.recipient for notice in notices), ret="FULL" if name == "full" else "",
+        envid="order+2B7" if name == "several" else "",
+    )  # fmt: skip
+    given_up = "it was held until its time was up; no route takes its sender any more" if name == "given-up" else ""
+    about = About(
+        "0123456789abc", envelope, notices, HEADER, 1_800_000_000.0, 1_800_345_600.0, "acme", "mx.acme.example", b"\r\nhello\r\n", given_up
+    )  # fmt: skip
+    now = 1_800_014_400.0 if name in ACTIONS else 1_800_345_600.0
+    bounce = make_bounce(about, reporting_mta="relay.example.net", bounce_id="0123456789abd", now=now)
     assert bounce is not None
     agree(HERE / "bounces" / f"{name}.eml", bounce.content)
