@@ -8,21 +8,22 @@ State: none but what it was built with. Laws: 250 only after the spool has the m
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import Protocol
 
 from relay.clock import Clock
 from relay.config.model import Config, Route
-from relay.mail import header
+from relay.mail import dsn, header
 from relay.mail.envelope import Envelope, Facts, Origin, Recipient
 from relay.mail.permission import objection
 from relay.mail.reply import Reply
 from relay.mail.rewrite import envelope_sender, rewrite_header
 from relay.observe.journal import Journal
-from relay.routing import Router, complete, expand_alias
+from relay.routing import Router, complete, expand_alias, upstreams_of
 from relay.spool.base import Claim, Content, ContentWriter, Draft, Lane, Spool, SpoolError, SpoolFull
+from relay.spool.wait import Wait, Waits
 
 #: RFC 5321 section 6.3 asks for at least 100 hops; real paths have under 20, and a loop that is cut at 50 costs half as much.
 _HOPS_LIMIT = 50
@@ -33,12 +34,17 @@ HEADER_LIMIT_BYTES = 1024 * 1024
 _UNSAFE_NAME = re.compile(r"[^A-Za-z0-9.:\[\]_-]")
 
 _LOOP = Reply(554, "5.4.6", "Mail loop: too many Received header fields")
+_COMES_BACK = Reply(554, "5.4.6", "Mail loop: this message is being sent from here")
 _HEADER_TOO_LARGE = Reply(552, "5.3.4", "The header is too large")
 _NO_ROUTE = Reply(550, "5.7.1", "No route for this sender")
 _NO_SPACE = Reply(452, "4.3.1", "Insufficient storage, try again later")
 _FAULT = Reply(451, "4.3.0", "Local error, try again later")
 _BARE_REFUSED = Reply(501, "5.1.3", "A recipient address needs a domain")
 _BARE_SENDER_REFUSED = Reply(501, "5.1.7", "A sender address needs a domain")
+# RFC 5321 section 4.3.2: what may follow the final dot. And so much of an upstream's words fits a line with the rest of ours.
+_DATA_REFUSALS = range(550, 555)
+_VERDICT_LIMIT = 400
+
 _TOO_MANY_RECIPIENTS = Reply(452, "4.5.3", "Too many recipients")
 
 
@@ -61,23 +67,45 @@ class Dispatch(Protocol):
         """Mail waits in `lane`, due at `when`."""
         ...
 
+    def paused(self, lane: Lane) -> bool:
+        """Whether nothing is attempted there for a while, as the lane's upstream asked to be spared."""
+        ...
+
+    def attempting(self, message_id: str, upstreams: Collection[str]) -> bool:
+        """Whether this message is being sent to one of these upstreams at the moment."""
+        ...
+
 
 @dataclass(slots=True)
 class Transaction:
-    """One mail transaction as it grows. `listener_limit`: recipients at most."""
+    """One mail transaction as it grows, and the client's wait for its verdict."""
 
     origin: Origin
     client_name: str
     protocol: str
     sender: str
     smtputf8: bool
+    ret: str = ""
+    envid: str = ""
     recipients: dict[str, tuple[Recipient, Route | None]] = field(default_factory=dict)
+    wait: Wait | None = None
+    gone: bool = False
+
+    def leave(self) -> None:
+        """The client has closed its side: nobody may be there to hear a verdict."""
+        self.gone = True
+        if self.wait is not None:
+            self.wait.end()
 
 
 class Intake:
     """The relay's decisions about incoming mail."""
 
-    def __init__(self, config: Config, router: Router, spool: Spool, dispatch: Dispatch, journal: Journal, clock: Clock) -> None:
+    def __init__(
+        self, config: Config, router: Router, spool: Spool, dispatch: Dispatch, journal: Journal, clock: Clock, *,
+        waits: Waits | None = None,
+    ) -> None:  # fmt: skip
+        """`waits`: where delivery finds the clients that are held for a verdict."""
         self._config = config
         self._router = router
         self._spool = spool
@@ -86,24 +114,38 @@ class Intake:
         self._clock = clock
         self._run = secrets.token_hex(4)  # makes Message-IDs of two relays with one host name differ
         self._date = (0, "")
+        self._obstacle = ""  # the last one told, while it lasts
+        self._waits = waits or Waits()
+        self._holds = any(route.wait for route in config.routes)
 
     def spill(self) -> ContentWriter:
         """A file for content that outgrows memory. Raises SpoolError."""
         return self._spool.writer()
 
-    def obstacle(self) -> Reply | None:
-        """Why content would not be taken now: asked before 354, so that nothing is sent in vain."""
-        return _NO_SPACE if self._spool.unhealthy() is not None else None
+    def obstacle(self, size: int = 0) -> Reply | None:
+        """Why content of so many octets would not be taken now: asked before 354, so that nothing is sent in vain."""
+        obstacle = self._spool.obstacle(size)
+        if obstacle is None:
+            if self._obstacle:
+                self._obstacle = ""
+                self._journal.note("info", "the spool takes mail again")
+            return None
+        if not self._obstacle:
+            self._obstacle = str(obstacle)
+            self._journal.note("error", f"no mail is taken: {obstacle}")
+        return _NO_SPACE if isinstance(obstacle, SpoolFull) else _FAULT
 
-    def begin(self, origin: Origin, client_name: str, protocol: str, sender: str, *, smtputf8: bool) -> Transaction | Reply:
-        """Open a transaction at MAIL, or refuse the sender."""
+    def begin(
+        self, origin: Origin, client_name: str, protocol: str, sender: str, *, smtputf8: bool, ret: str = "", envid: str = ""
+    ) -> Transaction | Reply:  # fmt: skip
+        """Open a transaction at MAIL, or refuse the sender. `ret` and `envid` are RFC 3461's."""
         if sender:
             sender = complete(sender, self._config.domain)
             if "@" not in sender:
                 return _BARE_SENDER_REFUSED
         if refusal := self._router.sender_refusal(sender, origin):
             return Reply(550, "5.7.1", refusal)
-        return Transaction(origin, client_name, protocol, sender, smtputf8)
+        return Transaction(origin, client_name, protocol, sender, smtputf8, ret, envid)
 
     def add(self, transaction: Transaction, recipient: Recipient, *, limit: int) -> Reply | None:
         """Add a recipient at RCPT (several, where it is an alias), or refuse it. Raises nothing."""
@@ -117,7 +159,7 @@ class Intake:
                 route = self._router.match(Facts(transaction.sender, target, transaction.origin)).route
                 if (refusal := _refusal(route)) is not None:
                     return refusal
-            chosen[target] = (Recipient(target, recipient.notify, recipient.orcpt), route)
+            chosen[target] = (_asked(transaction, recipient, address, target), route)
         new = sum(target not in transaction.recipients for target in chosen)
         if transaction.recipients and len(transaction.recipients) + new > limit:  # an alias alone may stand for more
             return _TOO_MANY_RECIPIENTS
@@ -127,7 +169,7 @@ class Intake:
     async def accept(self, transaction: Transaction, content: Content, head: bytes) -> Reply:
         """Take custody. `head` is the content's beginning, at least all of its header block unless that is too large.
 
-        Content in a file is gone when the reply is not positive.
+        Content in a file is gone when the reply is not positive. When it is and the transaction has a `wait` now, `verdict` has the reply.
         """
         reply = _FAULT
         try:
@@ -135,7 +177,18 @@ class Intake:
         finally:
             if not reply.positive:
                 self._spool.discard(content)
+                if transaction.wait is not None:
+                    self._waits.close(transaction.wait)
+                    transaction.wait = None
         return reply
+
+    async def verdict(self, wait: Wait) -> Reply:
+        """Hold the reply until the upstream has spoken. The message is in custody: only its durable end makes this a 5xx (law 1)."""
+        try:
+            said = await wait.verdict()
+        finally:
+            self._waits.close(wait)
+        return _passed_on(said, wait.ids[0]) if said is not None else _queued(wait.ids[0])
 
     async def _decide(self, transaction: Transaction, content: Content, head: bytes) -> Reply:
         block = header.block_of(head)
@@ -158,11 +211,19 @@ class Intake:
                 by_route.setdefault(route.name, (route, []))[1].append(recipient)
         if not by_route:
             return _refusal(route) or _NO_ROUTE
+        if found.received and self._comes_back(found, [route for route, _ in by_route.values()]):
+            return _COMES_BACK
         drafts = self._drafts(transaction, origin, content, found, list(by_route.values()))
         for draft in drafts:
             if (reply := self._forbidden(draft, found, block)) is not None:
                 return reply
+        if self._holds and not refused and not transaction.gone:
+            seconds = max(route.wait for route, _ in by_route.values())
+            if seconds:  # opened before the message can be claimed, so that no verdict is missed
+                transaction.wait = self._waits.open([draft.id for draft in drafts], seconds)
         reply = await self._take(drafts)
+        if transaction.wait is not None and any(self._dispatch.paused(draft.lane) for draft in drafts):
+            transaction.wait.end()
         if refused and reply.positive:  # only a null sender's recipients are still refused here, and a null sender cannot be told
             names = ",".join(r.address for r in refused)
             self._journal.unbounced(id=drafts[0].id, sender="<>", recipients=names, reason="no route for this sender")
@@ -170,6 +231,19 @@ class Intake:
 
     def _loops(self, found: header.Scan) -> bool:
         return found.received >= _HOPS_LIMIT or header.traces_of(found, self._config.hostname) >= _OWN_HOPS_LIMIT
+
+    def _comes_back(self, found: header.Scan, routes: Sequence[Route]) -> bool:
+        """Whether it is a message that we are sending, and would go where it comes from: an upstream that is this relay, or leads to it.
+
+        A filter that hands mail back while we wait for its reply is no loop: from there, another route leads to another upstream.
+        """
+        for message_id in header.ids_by(found, self._config.hostname):
+            for route in routes:
+                if self._dispatch.attempting(message_id, upstreams_of(route)):
+                    names = ", ".join(upstreams_of(route))
+                    self._journal.note("error", f"a loop: {message_id}, which route {route.name} is sending to {names}, has come back")
+                    return True
+        return False
 
     def _drafts(
         self, transaction: Transaction, origin: Origin, content: Content, found: header.Scan,
@@ -188,7 +262,7 @@ class Intake:
             if rules is not None and rules.bcc and rules.bcc not in placed:
                 placed.add(rules.bcc)
                 recipients = [*recipients, Recipient(rules.bcc, notify="NEVER")]
-            envelope = Envelope(transaction.sender, tuple(recipients), transaction.smtputf8)
+            envelope = Envelope(transaction.sender, tuple(recipients), transaction.smtputf8, transaction.ret, transaction.envid)
             drafts.append(Draft(message_id, Lane(route.upstream, route.name), envelope, content, now, prefix, origin, summary, due=now))
         return drafts
 
@@ -251,9 +325,11 @@ class Intake:
                     dispatch.start(claim)
                 else:
                     dispatch.wake(draft.lane, draft.due)
-        except Exception as error:  # it is in custody: law 1 allows no other reply any more
+        except Exception as error:  # it is in custody: law 1 allows no other reply any more but a wait's
             self._journal.fault("handing over to delivery", error, id=drafts[0].id)
-        return Reply(250, "2.0.0", f"Ok: queued as {drafts[0].id}")
+            if (wait := self._waits.of(drafts[0].id)) is not None:
+                wait.end()
+        return _queued(drafts[0].id)
 
     def _note(self, draft: Draft) -> None:
         origin = draft.origin
@@ -262,6 +338,31 @@ class Intake:
             upstream=draft.lane.upstream, sender=draft.envelope.sender or "<>", size=draft.content.size,
             recipients=",".join(r.address for r in draft.envelope.recipients),
         )  # fmt: skip
+
+
+def _queued(message_id: str) -> Reply:
+    return Reply(250, "2.0.0", f"Ok: queued as {message_id}")
+
+
+def _passed_on(verdict: Reply, message_id: str) -> Reply:
+    """What the client hears of the upstream's reply: on one line (RFC 5321 section 4.5.3.1.5), and with codes that fit DATA."""
+    words = verdict.text.encode("ascii", "replace").decode("ascii")[:_VERDICT_LIMIT]
+    if verdict.positive:
+        said = str(verdict._replace(text=words))
+        return Reply(250, "2.0.0", f"Ok: sent as {message_id} (upstream: {said})")
+    code = verdict.code if verdict.code in _DATA_REFUSALS else 554
+    enhanced = verdict.enhanced if verdict.enhanced.startswith("5.") else "5.0.0"
+    return Reply(code, enhanced, f"{words or 'Refused by the upstream'} (refused as {message_id})")
+
+
+def _asked(transaction: Transaction, recipient: Recipient, address: str, target: str) -> Recipient:
+    """`target`, which `address` stands for, with what the client asked to hear about it (RFC 3461 section 5.2.7: an alias keeps that)."""
+    notify, orcpt = recipient.notify, recipient.orcpt
+    if target != address and not orcpt:
+        orcpt = dsn.original_recipient(address)
+    if (known := transaction.recipients.get(target)) is not None:
+        notify, orcpt = dsn.both(known[0].notify, notify), known[0].orcpt or orcpt
+    return Recipient(target, notify, orcpt)
 
 
 def _refusal(route: Route | None) -> Reply | None:

@@ -3,21 +3,24 @@
 Matches the route again where the configuration may have changed since, rewrites, asks a last time whether this credential may send
 this, and sends. Whatever goes wrong here is temporary and loud (law 9). What follows from the outcomes is `delivery.settle`.
 
-State: none but what it was built with.
+State: how many recipients upstreams were seen to take at once.
 """
 
 import asyncio
+import errno
+import math
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import NamedTuple
 
 from relay.clock import Clock
 from relay.config.model import Config, Route
+from relay.delivery.breaker import Breakers
 from relay.mail import header
 from relay.mail.content import has_dot_line
 from relay.mail.envelope import Facts
 from relay.mail.outcome import Failure, Outcome, Phase, Scope, Status, outcome_of_failure
-from relay.mail.permission import objection
+from relay.mail.permission import objection, report_author
 from relay.mail.rewrite import Rewrite, envelope_sender, rewrite_header
 from relay.observe.journal import Journal
 from relay.routing import Router, upstreams_of
@@ -30,29 +33,37 @@ _HEAD_BYTES = 1024 * 1024 + 64 * 1024  # a header block may have 1 MiB
 
 # Codes that say "not more at once" rather than "not this one", where others of the transaction were taken (RFC 5321 section 4.5.3.1.10).
 _TOO_MANY = (452, 552)
+_CROWD_SECONDS = 3600.0
 
 
 class Result(NamedTuple):
     """What an attempt came to: outcomes by address, or where the message goes without having been tried.
 
-    `header_block` is the message's own, for a bounce; empty when it was not read.
+    `header_block` is the message's own, for a bounce; empty when it was not read. `tried`: False when the upstream's breaker is open.
+    `revived`: the upstream works again after a long time.
     """
 
     outcomes: Mapping[str, Outcome]
     moved: Next | None = None
     header_block: bytes = b""
+    tried: bool = True
+    revived: bool = False
 
 
 class Attempts:
     """Tries claims."""
 
-    def __init__(self, config: Config, router: Router, pool: Pool, journal: Journal, clock: Clock) -> None:
+    def __init__(
+        self, config: Config, router: Router, pool: Pool, journal: Journal, clock: Clock, *, breakers: Breakers
+    ) -> None:  # fmt: skip
         self._config = config
         self._router = router
         self._pool = pool
         self._journal = journal
         self._clock = clock
+        self._breakers = breakers
         self._turn = asyncio.Lock()
+        self._crowds: dict[str, tuple[int, float]] = {}  # how many recipients an upstream takes at once, and until when we rely on it
 
     async def send(self, claim: Claim, *, fresh: bool) -> Result:
         """Try the message. `fresh`: it was routed a moment ago and has not been in the spool's queue. Never raises."""
@@ -64,7 +75,14 @@ class Attempts:
                 if moved is not None:
                     return Result(untried(claim), moved)
             assert route is not None, "a lane's route exists, or the message was moved"
-            return await self._try(claim, route, outcomes)
+            if (closed := self._breakers.admit(claim.lane.upstream, claim.id)) is not None:
+                outcomes = dict.fromkeys((r.address for r in claim.envelope.recipients), closed)
+                return Result(outcomes, tried=False)
+            try:
+                result = await self._try(claim, route, outcomes)
+            finally:
+                revived = self._breakers.record(claim.lane.upstream, claim.id, outcomes.values())
+            return result._replace(revived=True) if revived else result
         except Exception as error:
             self._journal.fault("an attempt", error, id=claim.id, session=claim.origin.session)
             # Whether the upstream has it is not known, so nobody else may get it.
@@ -79,18 +97,25 @@ class Attempts:
         if known is not None and known.upstream is not None and (rules := self._router.rewrite_for(known, known.upstream)) is not None:
             # The hidden copy was never routed: it goes where the others go, and where it went with them once they are done.
             recipients = [address for address in recipients if address != rules.bcc]
-        routes = [self._router.match(Facts(claim.envelope.sender, address, claim.origin)).route for address in recipients] or [known]
+        if _is_report(claim):
+            routes = [self._router.report_route(address, claim.origin, came_by=lane.route) for address in recipients]
+        else:
+            routes = [self._router.match(Facts(claim.envelope.sender, address, claim.origin)).route for address in recipients] or [known]
         route = routes[0]
         if len({each.name if each is not None else "" for each in routes}) > 1:
-            return None, Next(now, lane, counted=False, held="its recipients now take different routes")
+            return None, self._hold(claim, "its recipients now take different routes")
         if route is None:
-            return None, Next(now, lane, counted=False, held="no route takes its sender any more")
+            return None, self._hold(claim, "no route takes its sender any more")
         if route.upstream is None:
-            return None, Next(now, lane, counted=False, held=f"route {route.name} now rejects it: {route.reject}")
+            return None, self._hold(claim, f"route {route.name} now rejects it: {route.reject}")
         if lane.upstream in upstreams_of(route) and lane.route == route.name:
             return route, None
         upstream = lane.upstream if lane.upstream in upstreams_of(route) else route.upstream
         return route, Next(now, Lane(upstream, route.name), counted=False)
+
+    def _hold(self, claim: Claim, reason: str) -> Next:
+        """Held until somebody acts, or it expires like mail that is tried."""
+        return Next(claim.created + self._router.retry_of(claim.lane.route).expire, claim.lane, counted=False, held=reason)
 
     async def _try(self, claim: Claim, route: Route, outcomes: dict[str, Outcome]) -> Result:
         """Send to everybody. `outcomes` grows as the transactions end, so that an error in a later one forgets nobody."""
@@ -99,14 +124,14 @@ class Attempts:
         try:
             head, rest = await self._read(claim.content)
         except OSError as error:
-            held = f"its content cannot be read: {error.strerror}"
-            return Result(untried(claim), Next(self._clock.now(), claim.lane, counted=False, held=held))
+            held = f"its content cannot be read: {error.strerror}"  # without end: a person must see it, and may find the file again
+            return Result(untried(claim), Next(math.inf, claim.lane, counted=False, held=held))
         original = header.block_of(head)
         block = rewrite_header(claim.prefix + original, rules)
         sender = envelope_sender(claim.envelope.sender, rules)
         if upstream.senders and (reason := objection(upstream.senders, sender, header.scan(block))) is not None:
             held = f"upstream {claim.lane.upstream} may not send it: {reason}"
-            return Result(untried(claim), Next(self._clock.now(), claim.lane, counted=False, held=held))
+            return Result(untried(claim), self._hold(claim, held))
         body = memoryview(head)[len(original) :]
         octets = b"".join((block, header.separator(bytes(body[:2])), body))
         recipients = claim.envelope.recipients
@@ -121,29 +146,35 @@ class Attempts:
             smtputf8=not (sender.isascii() and all(r.address.isascii() for r in recipients)),
             ret=claim.envelope.ret,
             envid=claim.envelope.envid,
+            utf8_header=claim.envelope.smtputf8 and not block.isascii(),
         )
         await self._send_all(claim.lane.upstream, message, outcomes, limit=upstream.limits.recipients)
         return Result(outcomes, header_block=original)
 
     def _rules(self, claim: Claim, route: Route) -> Rewrite | None:
-        """What changes on the way out. A report of ours, which alone has no prefix, gets a fallback's From and nothing else."""
-        if claim.prefix or claim.envelope.sender:
+        """What changes on the way out. A report of ours gets a fallback's From, or one that the credential may use, and nothing else."""
+        if not _is_report(claim):
             return self._router.rewrite_for(route, claim.lane.upstream)
         over = next((item.rewrite for item in route.fallback if item.upstream == claim.lane.upstream), None)
-        if over is None or over.from_ is None:
-            return None
-        return Rewrite(from_name=over.from_.name, from_address=over.from_.address)
+        name, address = (over.from_.name, over.from_.address) if over is not None and over.from_ is not None else (None, None)
+        address = address or report_author(self._config.upstreams[claim.lane.upstream].senders, claim.envelope.recipients[0].address)
+        return Rewrite(from_name=name, from_address=address) if name or address else None
 
     async def _send_all(self, upstream: str, message: Outgoing, outcomes: dict[str, Outcome], *, limit: int) -> None:
         """Send in as many transactions as the recipients need: `limit` each, and again those that were too many for the upstream."""
-        waiting = list(message.recipients)
+        if self._crowds:
+            limit = min(limit, self._crowd(upstream, limit))
+        waiting, guess = list(message.recipients), 0
         while waiting:
             now, waiting = waiting[:limit], waiting[limit:]
             results = await self._pool.send(upstream, message._replace(recipients=now) if len(now) < len(message.recipients) else message)
             outcomes |= zip((r.address for r in now), results, strict=True)
             if any(result.status is Status.SENT for result in results):
-                again = [who for who, r in zip(now, results, strict=True) if r.phase is Phase.RCPT and r.reply.code in _TOO_MANY]
-                limit = len(now) - len(again) if again else limit
+                if guess and results[0].status is Status.SENT:  # it was refused beside the others, and taken without them
+                    self._crowds[upstream] = (guess, self._clock.monotonic() + _CROWD_SECONDS)
+                again = [who for who, result in zip(now, results, strict=True) if _is_too_many(result)]
+                guess = len(now) - len(again) if again else 0
+                limit = guess or limit
                 waiting = again + waiting
                 for recipient in again:
                     del outcomes[recipient.address]
@@ -151,13 +182,21 @@ class Attempts:
                 outcomes |= dict.fromkeys((r.address for r in waiting), fault._replace(in_doubt=False))
                 break
 
+    def _crowd(self, upstream: str, limit: int) -> int:
+        """How many recipients the upstream was seen to take at once, not long ago."""
+        known, until = self._crowds.get(upstream, (limit, math.inf))
+        if until > self._clock.monotonic():
+            return known
+        del self._crowds[upstream]
+        return limit
+
     async def _read(self, content: Content) -> tuple[bytes, Callable[[], AsyncGenerator[bytes, None]] | None]:
         """The content, or its head and how to get the rest. Raises OSError."""
         if content.octets is not None:
             return content.octets, None
         assert content.path is not None, "content has octets or a path"
         path, loop = content.path, asyncio.get_running_loop()
-        head = await loop.run_in_executor(None, _read_slice, path, 0, _HEAD_BYTES)
+        head = await loop.run_in_executor(None, _read_head, path, content.size)
 
         async def rest() -> AsyncGenerator[bytes, None]:
             place = len(head)
@@ -173,10 +212,27 @@ class Attempts:
         return head, rest if len(head) < content.size else None
 
 
+def _is_report(claim: Claim) -> bool:
+    """Whether it is a report of ours: nothing else has neither sender nor prefix."""
+    return not (claim.prefix or claim.envelope.sender)
+
+
 def untried(claim: Claim) -> dict[str, Outcome]:
     """Outcomes for a message that goes elsewhere without having been tried."""
     outcome = outcome_of_failure(Phase.RESOLVE, Failure.UNREACHABLE, "not tried")
     return dict.fromkeys((r.address for r in claim.envelope.recipients), outcome)
+
+
+def _is_too_many(outcome: Outcome) -> bool:
+    """Whether the recipient may be taken in another transaction. X.2.X is about his mailbox (RFC 3463 section 3.3)."""
+    return outcome.phase is Phase.RCPT and outcome.reply.code in _TOO_MANY and outcome.reply.enhanced[1:3] != ".2"
+
+
+def _read_head(path: os.PathLike[str], size: int) -> bytes:
+    """The beginning of a file that must have `size` octets: one that has lost its end must not go out as if that were all."""
+    if (found := os.stat(path).st_size) != size:
+        raise OSError(errno.EIO, f"the file has {found} octets instead of {size}")
+    return _read_slice(path, 0, _HEAD_BYTES)
 
 
 def _read_slice(path: os.PathLike[str], place: int, length: int) -> bytes:

@@ -1,10 +1,11 @@
 """What becomes of a message after an attempt: done, tried again, moved to a fallback, or given up. Pure.
 
 Laws: a recipient in doubt never leaves its upstream; a fallback is tried only where every recipient that still waits may use it; what
-has expired fails with the last reply it got.
+has expired fails with the last reply it got. An attempt that was not made does not count.
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from relay.config.model import Retry
@@ -15,6 +16,11 @@ from relay.spool.base import Claim, Lane, Next
 
 # RFC 3463 section 3.5: delivery time expired.
 _EXPIRED = "4.4.7"
+
+#: Mail that waits for a breaker comes within a fifth of the time it waits, and of this.
+_SPREAD_OVER_SECONDS = 900.0
+
+NOTHING_CLOSED: Mapping[str, float] = MappingProxyType({})
 
 
 class Plan(NamedTuple):
@@ -36,16 +42,23 @@ def delay_seconds(retry: Retry, attempts: int) -> float:
 
 
 def plan(
-    claim: Claim, outcomes: Mapping[str, Outcome], *, upstreams: Sequence[str], retry: Retry, now: float, jitter: float
+    claim: Claim, outcomes: Mapping[str, Outcome], *, upstreams: Sequence[str], retry: Retry, now: float, jitter: float,
+    closed: Mapping[str, float] = NOTHING_CLOSED, tried: bool = True,
 ) -> Plan:  # fmt: skip
-    """Decide. `upstreams` are the route's, in the order they are tried; `jitter` multiplies the delay, about 0.9 to 1.1."""
-    recipients = claim.envelope.recipients
-    left = _after(claim.lane.upstream, upstreams)
+    """Decide. `upstreams` are the route's, in the order they are tried; `jitter` multiplies the delay, about 0.9 to 1.1.
+
+    `closed`: upstreams that take nothing before a certain time (epoch): their breaker is open, or it is too early for this fallback.
+    `tried`: False when the outcomes say no more than that the claim's own upstream is one of them.
+    """
+    recipients, here = claim.envelope.recipients, claim.lane.upstream
+    left = _after(here, upstreams)
     waiting = [r for r in recipients if _waits(r, outcomes[r.address], left)]
     doubt = any(r.in_doubt or outcomes[r.address].in_doubt for r in waiting)
-    fallback = left if waiting and not doubt and all(outcomes[r.address].fallback for r in waiting) else ""
+    movable = left if waiting and not doubt and all(outcomes[r.address].fallback for r in waiting) else ()
+    expired = now >= claim.created + retry.expire
+    fallback = next((name for name in movable if expired or closed.get(name, now) <= now), "")
     decided = {**outcomes, **{r.address: outcomes[r.address]._replace(status=Status.DEFERRED) for r in waiting}}
-    if not fallback and now >= claim.created + retry.expire:
+    if not fallback and expired:
         decided = {address: _expired(outcome) for address, outcome in decided.items()}
     deferred = [decided[r.address] for r in recipients if decided[r.address].status is Status.DEFERRED]
     failed = [(r, outcomes[r.address]) for r in recipients if decided[r.address].status is Status.FAILED]
@@ -55,23 +68,37 @@ def plan(
         return Plan(decided, Next(now, Lane(fallback, claim.lane.route), counted=False), failed, fallback)
     throttled = any(outcome.throttled for outcome in deferred)
     stays = doubt or throttled or not all(outcome.fallback for outcome in deferred)
-    upstream = claim.lane.upstream if stays else upstreams[0]
-    seconds = jitter * delay_seconds(retry, 1 if throttled else claim.attempt)
-    when = max(now, min(now + seconds, claim.created + retry.expire))
-    return Plan(decided, Next(when, Lane(upstream, claim.lane.route), counted=not throttled), failed, throttled=throttled)
+    upstream = here if stays else upstreams[0]
+    waits_here = not tried and upstream == here
+    when = now + (0.0 if waits_here else jitter * delay_seconds(retry, 1 if throttled else claim.attempt))
+    if upstream == here:  # not later than any mail, for what the breaker waits for may be mended by a restart, which forgets it
+        when = max(when, min(_reopens(closed.get(here, now), now=now, jitter=jitter), now + jitter * retry.max))
+    when = min(when, claim.created + retry.expire, *(_reopens(closed[name], now=now, jitter=jitter) for name in movable))
+    counted = not (throttled or waits_here)
+    return Plan(decided, Next(max(now, when), Lane(upstream, claim.lane.route), counted=counted), failed, throttled=throttled)
 
 
-def _waits(recipient: Recipient, outcome: Outcome, left: str) -> bool:
-    """Whether the recipient is still to be served, here or by the fallback that is `left`."""
+def give_up(claim: Claim, outcome: Outcome) -> Plan:
+    """The end of a message that nobody tries any more, for the reason in `outcome`; a deferred one says that its time is up."""
+    recipients = claim.envelope.recipients
+    return Plan(dict.fromkeys((r.address for r in recipients), _expired(outcome)), None, [(r, outcome) for r in recipients])
+
+
+def _reopens(when: float, *, now: float, jitter: float) -> float:
+    """A time soon after `when`, another one for each message, so that not all come at once; the first comes first."""
+    return when + max(0.0, jitter - 0.9) * min(max(0.0, when - now), _SPREAD_OVER_SECONDS)
+
+
+def _waits(recipient: Recipient, outcome: Outcome, left: Sequence[str]) -> bool:
+    """Whether the recipient is still to be served, here or by one of the fallbacks that are `left`."""
     return outcome.status is Status.DEFERRED or (
-        outcome.status is Status.FAILED and outcome.fallback and left != "" and not recipient.in_doubt
+        outcome.status is Status.FAILED and outcome.fallback and bool(left) and not recipient.in_doubt
     )
 
 
-def _after(upstream: str, upstreams: Sequence[str]) -> str:
-    """The upstream behind this one, or `""`."""
-    place = upstreams.index(upstream) + 1 if upstream in upstreams else len(upstreams)
-    return upstreams[place] if place < len(upstreams) else ""
+def _after(upstream: str, upstreams: Sequence[str]) -> Sequence[str]:
+    """The upstreams behind this one."""
+    return upstreams[upstreams.index(upstream) + 1 :] if upstream in upstreams else ()
 
 
 def _expired(outcome: Outcome) -> Outcome:

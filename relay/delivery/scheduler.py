@@ -4,22 +4,23 @@ A message that can go at once comes here already claimed (`reserve`, `start`); a
 lane when they are due and their upstream has a free slot.
 
 State: slots in use by upstream, lanes known to have waiting mail and when, and the running attempts. Law 7: an upstream that hangs
-uses up its own slots and nothing else.
+uses up its own slots and nothing else; one that has nothing due costs nothing.
 """
 
 import asyncio
 import heapq
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from relay.clock import Clock
 from relay.config.model import Config
 from relay.delivery.attempt import Attempts, Result, untried
+from relay.delivery.breaker import Breakers
 from relay.delivery.settle import Settler
 from relay.observe.journal import Journal
-from relay.spool.base import Claim, Lane, Next, Spool, SpoolError
+from relay.spool.base import Claim, Lane, Next, Selection, Spool, SpoolError
 
 #: The spool is asked this often for due mail that nobody told us of, and soon after a lane was found empty.
 _REFRESH_SECONDS = 60.0
@@ -33,6 +34,9 @@ _MEMORY_LIMIT_BYTES = 64 * 1024 * 1024
 
 #: The timeline keeps times that may no longer be true until there are this many more of them than of lanes.
 _HINTS_LIMIT = 1000
+
+#: Held mail whose time is up is given up so many at once, each with its content in memory.
+_OVERDUE_AT_ONCE = 100
 
 #: Slots for lanes whose upstream is no longer configured: their mail is matched again or held, and touches no network.
 _ORPHAN_SLOTS = 5
@@ -62,13 +66,17 @@ class _Slots:
 class Scheduler:
     """Claims due mail and runs its attempts. Implements `intake.Dispatch`."""
 
-    def __init__(self, config: Config, spool: Spool, attempts: Attempts, settler: Settler, journal: Journal, clock: Clock) -> None:
+    def __init__(
+        self, config: Config, spool: Spool, attempts: Attempts, settler: Settler, journal: Journal, clock: Clock, *, breakers: Breakers
+    ) -> None:  # fmt: skip
         self._spool = spool
         self._attempts = attempts
         self._settler = settler
+        self._breakers = breakers
         self._journal = journal
         self._clock = clock
         self._slots = {name: _Slots(upstream.limits.connections) for name, upstream in config.upstreams.items()}
+        self._ready: dict[str, _Slots] = {}  # the upstreams with lanes in their turn
         self._due: dict[Lane, float] = {}  # the earliest known time for each lane that waits
         self._timeline: list[tuple[float, Lane]] = []  # heap; entries that differ from _due are hints, and may be wrong
         self._changed = asyncio.Event()
@@ -76,6 +84,7 @@ class Scheduler:
         self._running: dict[asyncio.Task[None], Claim] = {}
         self._loop = asyncio.get_running_loop()
         self._throttle_seconds = config.retry.first
+        self._revived: set[str] = set()  # upstreams whose mail was put off for long, and could go now
         self._octets = 0
         self._claiming = asyncio.Lock()
         self._stopping = False
@@ -106,6 +115,29 @@ class Scheduler:
                 self._timeline = [(due, known) for known, due in self._due.items()]
                 heapq.heapify(self._timeline)
             self._changed.set()
+
+    def paused(self, lane: Lane) -> bool:
+        return self._slots[lane.upstream].until > self._clock.monotonic()
+
+    # -- for operators, and for the pool ----------------------------------------------------------------------------------
+
+    def give_up(self, claims: Sequence[Claim], reason: str) -> None:
+        """End claimed messages as failed, each with its bounce. `reason` is for their senders; `""`: held until their time was up."""
+        for claim in claims:
+            self._octets += len(claim.content.octets or b"")
+            self._own(claim, self._end(claim, reason))
+
+    def try_now(self, upstream: str) -> None:
+        """Somebody wants this upstream tried, though its breaker may be open."""
+        self._breakers.reset(upstream)
+
+    def secret_changed(self, upstream: str) -> None:
+        """What waits because the old one was refused can go."""
+        self._breakers.reset(upstream)
+        self._revive(upstream)
+
+    def attempting(self, message_id: str, upstreams: Collection[str]) -> bool:
+        return any(claim.id == message_id and claim.lane.upstream in upstreams for claim in self._running.values())
 
     # -- the service ------------------------------------------------------------------------------------------------------
 
@@ -156,7 +188,18 @@ class Scheduler:
         await self._spool.renew(held)  # before leases are looked at
         for lane, when in (await self._spool.next_due()).items():
             self.wake(lane, when)
-        self._refresh_at = self._clock.monotonic() + _REFRESH_SECONDS
+        await self._bring_forward()
+        async with self._claiming:
+            overdue = await self._spool.overdue(_OVERDUE_AT_ONCE) if not self._stopping else ()
+            self.give_up(overdue, "")
+        more = len(overdue) == _OVERDUE_AT_ONCE
+        self._refresh_at = self._clock.monotonic() + (_REFRESH_SOON_SECONDS if more else _REFRESH_SECONDS)
+
+    async def _bring_forward(self) -> None:
+        """Make mail due that was put off while its upstream did not work."""
+        for upstream in sorted(self._revived):
+            self._wake_all(await self._spool.reschedule(Selection(upstream=upstream)))
+            self._revived.discard(upstream)
 
     def _collect(self) -> None:
         """Move lanes that have become due into their upstream's turn."""
@@ -166,13 +209,14 @@ class Scheduler:
             slots = self._slots_of(lane)
             if lane not in slots.ready:
                 slots.ready.append(lane)
+                self._ready[lane.upstream] = slots
 
     async def _claim(self) -> None:
         """Claim for every upstream that has room and ready lanes, each lane its share, all in one commit of the spool."""
         wanted: list[tuple[Lane, int]] = []
-        for slots in self._slots.values():
+        for slots in self._ready.values():
             room = slots.room(ahead=self._roomy)
-            if not slots.ready or room <= 0 or self._stopping or slots.until > self._clock.monotonic():
+            if room <= 0 or self._stopping or slots.until > self._clock.monotonic():
                 continue
             if len(slots.window) > slots.limit:
                 continue  # enough to go on with: claim many at once when fewer are left
@@ -183,7 +227,9 @@ class Scheduler:
                 slots.promised += share
                 wanted.append((lane, share))
         async with self._claiming:
-            results = await asyncio.gather(*(self._claim_lane(lane, share) for lane, share in wanted))
+            results = await asyncio.gather(*(self._claim_lane(lane, share) for lane, share in wanted), return_exceptions=True)
+        if (error := next((result for result in results if isinstance(result, BaseException)), None)) is not None:
+            raise error  # only now: the claims beside it are admitted
         if any(results):
             self._changed.set()  # lanes that gave all they were asked for may have more
 
@@ -197,8 +243,9 @@ class Scheduler:
         finally:
             slots.promised -= share - len(claims)
             if len(claims) < share:
-                if lane in slots.ready:
-                    slots.ready.remove(lane)
+                slots.ready.remove(lane)
+                if not slots.ready:
+                    del self._ready[lane.upstream]
                 self._refresh_at = min(self._refresh_at, self._clock.monotonic() + _REFRESH_SOON_SECONDS)
         for claim in claims:
             self._admit(slots, claim, fresh=False)
@@ -216,7 +263,7 @@ class Scheduler:
         moments = [self._refresh_at - self._clock.monotonic()]
         if self._timeline:
             moments.append(self._timeline[0][0] - self._clock.now())
-        moments += [s.until - self._clock.monotonic() for s in self._slots.values() if s.ready and s.until > self._clock.monotonic()]
+        moments += [s.until - self._clock.monotonic() for s in self._ready.values() if s.until > self._clock.monotonic()]
         return max(0.0, min(moments))
 
     # -- attempts ---------------------------------------------------------------------------------------------------------
@@ -249,7 +296,17 @@ class Scheduler:
                 slots.until = self._clock.monotonic() + self._throttle_seconds  # before the next one takes the slot
         finally:
             self._leave(slots)
+        if result.revived:
+            self._revive(claim.lane.upstream)
         await self._settle(claim, result)
+
+    async def _end(self, claim: Claim, reason: str) -> None:
+        self._wake_all(await self._settler.give_up(claim, reason))
+
+    def _revive(self, upstream: str) -> None:
+        self._revived.add(upstream)
+        self._refresh_at = 0.0
+        self._changed.set()
 
     def _return(self, claim: Claim) -> None:
         self._own(claim, self._give_back(claim))
@@ -259,7 +316,10 @@ class Scheduler:
         await self._settle(claim, Result(untried(claim), Next(self._clock.now(), claim.lane, counted=False)))
 
     async def _settle(self, claim: Claim, result: Result) -> None:
-        for due in await self._settler.settle(claim, result):
+        self._wake_all(await self._settler.settle(claim, result))
+
+    def _wake_all(self, dues: Iterable[Next]) -> None:
+        for due in dues:
             self.wake(due.lane, due.when)
 
     def _leave(self, slots: _Slots) -> None:

@@ -6,26 +6,39 @@ step that ends its message; an outcome that cannot be stored is stored later, ne
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from relay.clock import Clock
 from relay.config.model import Config
 from relay.delivery.attempt import Result
-from relay.delivery.report import NO_REPORT, Reporter
-from relay.delivery.retry import Plan, plan
+from relay.delivery.breaker import Breakers
+from relay.delivery.report import Report, Reporter
+from relay.delivery.retry import Plan, give_up, plan
+from relay.delivery.verdict import Verdicts
+from relay.mail.bounce import Action
 from relay.mail.envelope import Recipient
-from relay.mail.outcome import Outcome, Scope, Status
+from relay.mail.outcome import Outcome, Phase, Scope, Status
+from relay.mail.reply import Reply
 from relay.observe.journal import Journal
+from relay.observe.metrics import Metrics
 from relay.routing import Router, upstreams_of
 from relay.spool.base import Claim, Lane, LeaseLost, Next, Settlement, Spool, SpoolError
+from relay.spool.wait import Waits
 
 _AGAIN_SECONDS = 1.0
+
+#: Until it is so old, a message that waits for an open breaker has not been told of: the shortest time that one is open.
+_NEW_SECONDS = 30.0
 
 
 class Settler:
     """Settles attempts."""
 
-    def __init__(self, config: Config, router: Router, spool: Spool, journal: Journal, clock: Clock, *, rng: random.Random) -> None:
+    def __init__(
+        self, config: Config, router: Router, spool: Spool, journal: Journal, clock: Clock, *, rng: random.Random,
+        breakers: Breakers, metrics: Metrics, waits: Waits | None = None,
+    ) -> None:  # fmt: skip
+        """`waits`: the clients that intake holds for a verdict."""
         self._config = config
         self._router = router
         self._reporter = Reporter(config, router, spool, clock)
@@ -33,7 +46,10 @@ class Settler:
         self._journal = journal
         self._clock = clock
         self._rng = rng
+        self._breakers = breakers
+        self._metrics = metrics
         self._degraded: set[str] = set()
+        self._verdicts = Verdicts(waits or Waits(), spool, journal, clock)
 
     async def settle(self, claim: Claim, result: Result) -> list[Next]:
         """Store what the attempt came to. Answers what is due next, and where. Raises nothing but cancellation."""
@@ -41,29 +57,60 @@ class Settler:
             return await self._move(claim, result)
         if all(outcome.status is Status.SENT for outcome in result.outcomes.values()):
             return await self._finish(claim, result)
-        route = self._router.route(claim.lane.route)
-        upstreams = (upstreams_of(route) if route is not None else ()) or (claim.lane.upstream,)
-        jitter = self._rng.uniform(0.9, 1.1)
-        decided = plan(claim, result.outcomes, upstreams=upstreams, retry=self._config.retry, now=self._clock.now(), jitter=jitter)
-        bounce, told = self._reporter.report(claim, decided, header_block=result.header_block) if decided.failed else NO_REPORT
-        if not await self._store(Settlement(claim, decided.outcomes, decided.next, bounce)):
+        return await self._conclude(claim, result, self._plan(claim, result))
+
+    async def give_up(self, claim: Claim, reason: str) -> list[Next]:
+        """End a message that nobody tries any more, as failed for `reason`; `""`: it was held until its time was up. As `settle`."""
+        status, text = (Status.FAILED, reason) if reason else (Status.DEFERRED, f"held: {claim.held}")
+        decided = give_up(claim, Outcome(status, Scope.MESSAGE, Phase.RESOLVE, Reply(0, "", text)))
+        return await self._conclude(claim, Result(decided.outcomes), decided, given_up=reason)
+
+    def _plan(self, claim: Claim, result: Result) -> Plan:
+        route, now, lane = self._router.route(claim.lane.route), self._clock.now(), claim.lane
+        upstreams = (upstreams_of(route) if route is not None else ()) or (lane.upstream,)
+        closed = {name: when for name in upstreams if (when := self._breakers.ready_at(name))}
+        if route is not None and any(outcome.status is Status.DEFERRED for outcome in result.outcomes.values()):
+            for item in route.fallback:  # to wait would not change a refusal for good
+                if item.after and item.upstream != lane.upstream:
+                    since = self._breakers.failing_since(upstreams[0])
+                    closed[item.upstream] = max(closed.get(item.upstream, 0.0), (now if since is None else since) + item.after)
+        return plan(
+            claim, result.outcomes, upstreams=upstreams, retry=self._router.retry_of(lane.route), now=now,
+            jitter=self._rng.uniform(0.9, 1.1), closed=closed, tried=result.tried,
+        )  # fmt: skip
+
+    async def _conclude(self, claim: Claim, result: Result, decided: Plan, *, given_up: str = "") -> list[Next]:
+        if await self._verdicts.refused(claim, decided):
+            self._tell(claim, decided)
+            self._tell_upstream(claim, result)
             return []
-        self._tell(claim, decided)
+        report = await self._reporter.report(claim, decided, header_block=result.header_block, given_up=given_up)
+        # Mail that waits for an open breaker is put off again and again: that is told once, not every time.
+        news = result.tried or decided.fallback != "" or decided.next is None or self._clock.now() < claim.created + _NEW_SECONDS
+        if not await self._store(Settlement(report.claim, decided.outcomes, decided.next, report.draft, tried=news)):
+            return []
+        if news:
+            self._tell(claim, decided)
         self._tell_upstream(claim, result)
-        if bounce is not None:
-            self._journal.bounced(id=claim.id, bounce=bounce.id, recipients=claim.envelope.sender, failed=",".join(told))
+        told = report.addresses(Action.FAILED)
         self._tell_untold(claim, [r for r, _ in decided.failed if r.address not in told])
         due = [decided.next] if decided.next is not None else []
-        return [*due, Next(bounce.due, bounce.lane)] if bounce is not None else due
+        return [*due, *self._tell_report(report)]
 
     async def _finish(self, claim: Claim, result: Result) -> list[Next]:
         """The common end: everybody has been sent to, and nothing is left to decide."""
-        if await self._store(Settlement(claim, result.outcomes)):
-            self._tell(claim, Plan(result.outcomes, None, ()))
-        return []
+        self._verdicts.sent(claim, next(iter(result.outcomes.values())).reply)
+        decided, report = Plan(result.outcomes, None, ()), Report(claim)
+        if any(recipient.notify for recipient in claim.envelope.recipients):  # some may have asked to hear of success
+            report = await self._reporter.report(claim, decided, header_block=result.header_block)
+        if not await self._store(Settlement(claim, result.outcomes, None, report.draft)):
+            return []
+        self._tell(claim, decided)
+        return self._tell_report(report)
 
     async def _move(self, claim: Claim, result: Result) -> list[Next]:
         assert result.moved is not None
+        self._verdicts.moved(claim, result.moved)
         if not await self._store(Settlement(claim, result.outcomes, result.moved, tried=False)):
             return []
         if not result.moved.held:
@@ -103,11 +150,23 @@ class Settler:
                 self._tell_recovered(lane)
             elif outcome.status is Status.FAILED:
                 self._journal.failed(**facts)  # type: ignore[arg-type]
-            elif then is not None:
+            else:
+                assert then is not None, "a deferred recipient has a next time"
                 seconds = max(0.0, then.when - self._clock.now())
                 next_try = f"fallback {then.lane.upstream}, now" if decided.fallback else f"in {seconds:.0f} s at {then.lane.upstream}"
                 in_doubt = outcome.in_doubt or any(r.in_doubt for r in recipients)
                 self._journal.deferred(**facts, next_try=next_try, in_doubt=in_doubt)  # type: ignore[arg-type]
+
+    def _tell_report(self, report: Report) -> list[Next]:
+        """The report that is queued now, if there is one, and when and where it is due."""
+        draft, claim = report.draft, report.claim
+        if draft is None:
+            return []
+        failed, delayed, relayed = (",".join(report.addresses(action)) for action in Action)
+        self._journal.bounced(
+            id=claim.id, bounce=draft.id, recipients=claim.envelope.sender, failed=failed, delayed=delayed, relayed=relayed
+        )  # fmt: skip
+        return [Next(draft.due, draft.lane)]
 
     def _tell_upstream(self, claim: Claim, result: Result) -> None:
         """What the attempt says about everybody who uses this credential or upstream."""
@@ -130,14 +189,21 @@ class Settler:
         """One event when a route begins to use its fallback."""
         if claim.lane.route not in self._degraded:
             self._degraded.add(claim.lane.route)
+            self._metrics.degraded(route=claim.lane.route, upstream=decided.fallback)
             reply = next(str(o.reply) for o in decided.outcomes.values() if o.status is Status.DEFERRED)
             self._journal.degraded(route=claim.lane.route, upstream=claim.lane.upstream, fallback=decided.fallback, reply=reply)
+
+    @property
+    def degraded(self) -> Collection[str]:
+        """The routes that use a fallback at the moment."""
+        return self._degraded
 
     def _tell_recovered(self, lane: Lane) -> None:
         """One event when a degraded route's own upstream takes mail again."""
         route = self._router.route(lane.route)
         if lane.route in self._degraded and route is not None and route.upstream == lane.upstream:
             self._degraded.discard(lane.route)
+            self._metrics.recovered(route=lane.route, upstream=lane.upstream)
             self._journal.recovered(route=lane.route, upstream=lane.upstream)
 
 

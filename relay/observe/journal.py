@@ -116,9 +116,10 @@ class Journal:
         fields = _attempt(id, session, route, upstream, sender, recipients, size, reply, "failed", attempt, delay)
         self._event("warning", "failed", fields)
 
-    def bounced(self, *, id: str, bounce: str, recipients: str, failed: str) -> None:
-        """A report about `failed` is queued as message `bounce` to `recipients`."""
-        self._event("info", "bounced", {"id": id, "bounce": bounce, "recipients": recipients, "failed": failed})
+    def bounced(self, *, id: str, bounce: str, recipients: str, failed: str, delayed: str = "", relayed: str = "") -> None:
+        """A report about those who `failed` and the others is queued as message `bounce` to `recipients`."""
+        fates = {"failed": failed, "delayed": delayed, "relayed": relayed}
+        self._event("info", "bounced", {"id": id, "bounce": bounce, "recipients": recipients, **fates})
 
     def unbounced(self, *, id: str, sender: str, recipients: str, reason: str) -> None:
         """Mail is lost to its sender on purpose: nobody may be told. This line is the only notice."""

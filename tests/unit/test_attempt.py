@@ -1,5 +1,7 @@
 """One attempt: matched again, rewritten, asked for permission, sent in as many transactions as it takes, one outcome for each recipient."""
 
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,13 +9,16 @@ from typing import Any
 import pytest
 
 from relay.clock import ManualClock
-from relay.config.model import Config
+from relay.config.model import Config, Retry
 from relay.delivery.attempt import Attempts, Result
-from relay.mail.envelope import Origin, Recipient
+from relay.delivery.breaker import Breakers
+from relay.mail.envelope import Origin
 from relay.mail.outcome import Failure, Outcome, Phase, Scope, Status, outcome_of_failure, outcome_of_reply
 from relay.mail.reply import Reply
+from relay.observe.metrics import Metrics
 from relay.routing import Router
 from relay.spool.base import Claim, Content, Lane, Next
+from relay.upstream.transaction import Outgoing
 from tests.unit.delivery import CONTENT, PREFIX, SENT, FakePool, Log, claim_of, config_of
 
 REFUSED = outcome_of_reply(Phase.RCPT, Reply(550, "5.1.1", "nobody here"))
@@ -34,6 +39,7 @@ class Bench:
         self.log = log
         self.clock = ManualClock()
         self.pool = FakePool()
+        self.breakers = Breakers(Retry(), log.journal, Metrics(), self.clock)
 
     async def send(
         self,
@@ -42,10 +48,12 @@ class Bench:
         *,
         fresh: bool = False,
         answer: Callable[[str, list[str]], Sequence[Outcome]] | None = None,
+        pool: FakePool | None = None,
     ) -> Result:
         setup = config or config_of()
-        self.pool = FakePool(answer)
-        return await Attempts(setup, Router(setup), self.pool, self.log.journal, self.clock).send(claim, fresh=fresh)
+        self.pool = pool or FakePool(answer)
+        attempts = Attempts(setup, Router(setup), self.pool, self.log.journal, self.clock, breakers=self.breakers)  # type: ignore[arg-type]
+        return await attempts.send(claim, fresh=fresh)
 
     async def wire(self, claim: Claim, config: Config | None = None) -> bytes:
         """The octets of the one transaction that the claim makes."""
@@ -158,6 +166,56 @@ async def test_a_bounce_of_ours_gets_a_fallbacks_from_and_nothing_else(bench: Be
 
 
 @pytest.mark.parametrize(
+    ("senders", "rewrite", "author"),
+    [
+        (["acme.example"], None, "Mail Delivery System <MAILER-DAEMON@acme.example>"),
+        (["app@acme.example"], None, "Mail Delivery System <app@acme.example>"),
+        (["billing@acme.example", "other.example"], None, "Mail Delivery System <billing@acme.example>"),
+        (["other.example"], None, "Mail Delivery System <MAILER-DAEMON@other.example>"),
+        (["billing@acme.example"], {"from": {"name": "Acme"}}, "Acme <billing@acme.example>"),
+        (["billing@acme.example"], {"from": "Acme <billing@acme.example>"}, "Acme <billing@acme.example>"),
+    ],
+)
+async def test_a_bounce_of_ours_leaves_by_a_credential_that_may_not_send_as_mailer_daemon(
+    bench: Bench, senders: list[str], rewrite: dict[str, Any] | None, author: str
+) -> None:  # fmt: skip
+    route = {"name": "acme", "sender": "acme.example", "upstream": "acme", "fallback": {"upstream": "spare", "rewrite": rewrite}}
+    setup = config_of([route], upstreams={"spare": {"senders": senders}})
+    octets = await bench.wire(claim_of("app@acme.example", lane=Lane("spare", "acme"), **REPORTED), setup)
+    assert octets == REPORT.replace(b"Mail Delivery System <MAILER-DAEMON@acme.example>", author.encode())
+
+
+async def test_a_bounce_of_ours_with_a_from_that_the_credential_may_not_use_is_held(bench: Bench) -> None:
+    over = {"upstream": "spare", "rewrite": {"from": "who@ever.example"}}
+    setup = config_of([{"name": "acme", "upstream": "acme", "fallback": over}], upstreams={"spare": {"senders": ["acme.example"]}})
+    result = await bench.send(claim_of("app@acme.example", lane=Lane("spare", "acme"), **REPORTED), setup)
+    assert "upstream spare may not send it: the From address who@ever.example" in held(result)
+
+
+@pytest.mark.parametrize(
+    ("routes", "sent"),
+    [
+        ([{"name": "acme", "sender": "acme.example", "recipient": "example.org", "upstream": "acme"}], True),
+        ([{"name": "null", "sender": "<>", "reject": "no"}, {"name": "acme", "sender": "acme.example", "upstream": "acme"}], True),
+        ([{"name": "acme", "sender": "globex.example", "recipient": "example.org", "upstream": "acme"}], False),
+        ([{"name": "acme", "sender": "acme.example", "reject": "no"}], False),
+    ],
+)
+async def test_a_bounce_of_ours_is_held_only_where_its_sender_is_served_no_more(
+    bench: Bench, routes: list[dict[str, Any]], sent: bool
+) -> None:  # fmt: skip
+    result = await bench.send(claim_of("app@acme.example", **REPORTED), config_of(routes))
+    assert (result.moved is None) == sent
+    assert sent or "no route takes its sender" in held(result) or "now rejects it: no" in held(result)
+
+
+async def test_an_apps_own_null_sender_has_no_such_ways_around_a_route(bench: Bench) -> None:
+    route = {"name": "acme", "sender": "acme.example", "recipient": "example.org", "upstream": "acme"}
+    result = await bench.send(claim_of("app@acme.example", **{**REPORTED, "prefix": PREFIX}), config_of([route]))
+    assert "no route takes its sender any more" in held(result)
+
+
+@pytest.mark.parametrize(
     ("claim", "eight_bit", "smtputf8"),
     [
         (claim_of(content=CONTENT + "ü\r\n".encode()), True, False),
@@ -169,6 +227,14 @@ async def test_the_message_says_what_it_needs(bench: Bench, claim: Claim, eight_
     await bench.send(claim)
     message = bench.pool.handed[0].message
     assert (message.eight_bit, message.smtputf8) == (eight_bit, smtputf8)
+
+
+@pytest.mark.parametrize(("declared", "subject", "expected"), [(True, "ü", True), (True, "u", False), (False, "ü", False)])
+async def test_smtputf8_is_wished_for_a_header_whose_client_declared_it(bench: Bench, declared: bool, subject: str, expected: bool) -> None:
+    claim = claim_of(content=f"Subject: {subject}\r\n\r\n".encode())
+    await bench.send(claim._replace(envelope=claim.envelope._replace(smtputf8=declared)))
+    message = bench.pool.handed[0].message
+    assert (message.utf8_header, message.smtputf8) == (expected, False)
 
 
 async def test_a_rewrite_with_a_dot_line_is_seen(bench: Bench) -> None:
@@ -229,7 +295,7 @@ async def test_queued_mail_that_has_no_route_of_its_own_any_more_is_held(
     result = await bench.send(claim, config_of(routes))
     assert held(result) == reason
     assert result.moved is not None
-    assert result.moved.lane == claim.lane
+    assert (result.moved.lane, result.moved.when) == (claim.lane, claim.created + 4 * 86_400)
     assert not bench.pool.handed
 
 
@@ -319,6 +385,47 @@ async def test_a_452_that_stays_ends_with_one_transaction_for_each_recipient(ben
     assert dict(result.outcomes) == {"r0@example.org": SENT, **dict.fromkeys(names(4)[1:], TOO_MANY)}
 
 
+def at_most(count: int) -> Callable[[str, list[str]], Sequence[Outcome]]:
+    return lambda _, recipients: [SENT if place < count else TOO_MANY for place in range(len(recipients))]
+
+
+async def test_how_many_an_upstream_takes_at_once_is_remembered_for_an_hour(bench: Bench) -> None:
+    setup = config_of(upstreams={"acme": {"limits": {"recipients": 4}}})
+    pool = FakePool(at_most(3))
+    attempts = Attempts(setup, Router(setup), pool, bench.log.journal, bench.clock, breakers=bench.breakers)
+
+    async def sizes(seconds: float = 0.0, upstream: str = "acme") -> list[int]:
+        bench.clock.advance(seconds)
+        pool.handed.clear()
+        result = await attempts.send(claim_of(*names(6), lane=Lane(upstream, upstream)), fresh=True)
+        assert dict(result.outcomes) == dict.fromkeys(names(6), SENT)
+        return [len(handed.recipients) for handed in pool.handed]
+
+    assert await sizes() == [4, 3]
+    assert await sizes() == [3, 3]
+    assert await sizes(3599) == [3, 3]
+    assert await sizes(1) == [4, 3]
+    assert await sizes() == [3, 3]
+
+
+async def test_a_recipient_who_is_deferred_alone_as_well_says_nothing_about_numbers(bench: Bench) -> None:
+    setup = config_of()
+    pool = FakePool(lambda _, recipients: [TOO_MANY if address == "r2@example.org" else SENT for address in recipients])
+    attempts = Attempts(setup, Router(setup), pool, bench.log.journal, bench.clock, breakers=bench.breakers)
+    for _ in range(2):
+        pool.handed.clear()
+        await attempts.send(claim_of(*names(3)), fresh=True)
+        assert [handed.recipients for handed in pool.handed] == [names(3), ["r2@example.org"]]
+
+
+@pytest.mark.parametrize(("code", "enhanced"), [(452, "4.2.2"), (552, "5.2.2")])
+async def test_a_full_mailbox_is_not_one_recipient_too_many(bench: Bench, code: int, enhanced: str) -> None:
+    full = outcome_of_reply(Phase.RCPT, Reply(code, enhanced, "mailbox full"))
+    result = await bench.send(claim_of(*names(2)), answer=lambda _, recipients: [SENT, full])
+    assert len(bench.pool.handed) == 1
+    assert [result.outcomes[name] for name in names(2)] == [SENT, full]
+
+
 @pytest.mark.parametrize("fault", [DOWN, CLOSED, LOGIN_REFUSED, FORBIDDEN])
 async def test_a_fault_of_the_upstream_ends_the_attempt_for_those_not_yet_tried(bench: Bench, fault: Outcome) -> None:
     setup = config_of(upstreams={"acme": {"limits": {"recipients": 2}}})
@@ -354,7 +461,22 @@ async def test_a_fate_of_recipient_or_message_says_nothing_about_those_not_yet_t
 
 async def test_content_that_cannot_be_read_is_held(bench: Bench, tmp_path: Path) -> None:
     gone = Content(10, None, tmp_path / "gone")
-    assert held(await bench.send(claim_of(content=gone))) == "its content cannot be read: No such file or directory"
+    result = await bench.send(claim_of(content=gone))
+    assert held(result) == "its content cannot be read: No such file or directory"
+    assert result.moved is not None
+    assert result.moved.when == math.inf, "it does not bounce by itself: a person may find the file again"
+
+
+async def test_held_mail_expires_when_its_route_says_so(bench: Bench) -> None:
+    routes = [{"name": "acme", "sender": "acme.example", "reject": "no"}]
+    patient = [{"name": "acme", "sender": "acme.example", "upstream": "acme", "retry": {"expire": "9d"}}]
+    result = await bench.send(claim_of(), config_of(routes, retry={"expire": "2d"}))
+    assert result.moved is not None
+    assert result.moved.when == claim_of().created + 2 * 86_400
+    setup = config_of(patient, upstreams={"acme": {"senders": ["globex.example"]}})
+    result = await bench.send(claim_of(), setup)
+    assert result.moved is not None
+    assert result.moved.when == claim_of().created + 9 * 86_400
     assert not bench.pool.handed
 
 
@@ -392,10 +514,76 @@ async def test_who_was_to_be_tried_again_when_the_error_came_is_in_doubt(bench: 
     assert [(o.status, o.in_doubt) for o in result.outcomes.values()] == [(Status.SENT, False)] * 2 + [(Status.DEFERRED, True)]
 
 
-async def test_a_file_that_ends_too_early_is_an_error_and_never_a_short_message(bench: Bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", [1, 100, 2 * MEBIBYTE, 3 * MEBIBYTE])
+async def test_a_file_that_has_lost_its_end_is_held_and_never_sent_short(bench: Bench, tmp_path: Path, lost: int) -> None:
+    path, size = tmp_path / "content", len(CONTENT) + 3 * MEBIBYTE
+    path.write_bytes((CONTENT + b"x" * 3 * MEBIBYTE)[: size - lost])
+    result = await bench.send(claim_of(content=Content(size, None, path)))
+    assert held(result) == f"its content cannot be read: the file has {size - lost} octets instead of {size}"
+    assert not bench.pool.handed
+
+
+async def test_a_file_that_loses_its_end_while_it_is_sent_is_an_error_and_never_a_short_message(bench: Bench, tmp_path: Path) -> None:
+    class Thief(FakePool):
+        async def send(self, name: str, message: Outgoing) -> list[Outcome]:
+            os.truncate(path, 2 * MEBIBYTE)
+            return await super().send(name, message)
+
     path = tmp_path / "content"
-    path.write_bytes(CONTENT + b"x" * 2 * MEBIBYTE)
-    result = await bench.send(claim_of(Recipient("a@example.org"), content=Content(len(CONTENT) + 3 * MEBIBYTE, None, path)))
-    assert result.outcomes["a@example.org"].status is Status.DEFERRED
+    path.write_bytes(CONTENT + b"x" * 3 * MEBIBYTE)
+    result = await bench.send(claim_of(content=Content(len(CONTENT) + 3 * MEBIBYTE, None, path)), pool=Thief())
+    assert result.outcomes["you@example.org"].status is Status.DEFERRED
     assert not bench.pool.handed
     assert "shorter than it was" in bench.log.text()
+
+
+# -- breakers --------------------------------------------------------------------------------------------------------------
+
+
+async def test_an_upstream_whose_breaker_is_open_is_not_touched_and_says_why(bench: Bench) -> None:
+    for number in range(3):
+        await bench.send(claim_of(id=f"0{number}"), answer=lambda *_: [DOWN])
+    result = await bench.send(claim_of(*names(2)))
+    assert not bench.pool.handed
+    assert not result.tried
+    assert result.moved is None
+    assert list(result.outcomes) == names(2)
+    assert {str(outcome.reply).partition(" since")[0] for outcome in result.outcomes.values()} == {"not tried: acme has failed"}
+    assert all(o.status is Status.DEFERRED and o.fallback and not o.in_doubt for o in result.outcomes.values())
+
+
+async def test_what_an_attempt_comes_to_opens_and_closes_the_breaker(bench: Bench) -> None:
+    for number in range(3):
+        assert (await bench.send(claim_of(id=f"0{number}"), answer=lambda *_: [DOWN])).tried
+    bench.clock.advance(30)
+    result = await bench.send(claim_of())
+    assert (result.tried, result.revived) == (True, False)
+    assert len(bench.pool.handed) == 1
+    assert bench.breakers.troubles() == []
+
+
+async def test_an_upstream_that_comes_back_after_long_is_said_to_be_revived(bench: Bench) -> None:
+    await bench.send(claim_of(), answer=lambda *_: [LOGIN_REFUSED])
+    bench.clock.advance(15 * 60)
+    assert (await bench.send(claim_of())).revived
+
+
+@pytest.mark.parametrize("trouble", ["error", "gone"])
+async def test_an_attempt_that_found_out_nothing_lets_another_message_try(bench: Bench, tmp_path: Path, trouble: str) -> None:
+    def explode(*_: object) -> list[Outcome]:
+        raise RuntimeError("a fault of ours")
+
+    for number in range(3):
+        await bench.send(claim_of(id=f"0{number}"), answer=lambda *_: [DOWN])
+    bench.clock.advance(30)
+    if trouble == "error":
+        await bench.send(claim_of(id="0A"), answer=explode)
+    else:
+        await bench.send(claim_of(id="0A", content=Content(1, None, tmp_path / "gone")))
+    assert (await bench.send(claim_of(id="0B"))).tried
+
+
+async def test_queued_mail_of_another_route_moves_though_its_upstream_is_closed(bench: Bench) -> None:
+    await bench.send(claim_of(lane=Lane("globex", "globex"), sender="x@globex.example"), answer=lambda *_: [LOGIN_REFUSED])
+    result = await bench.send(claim_of(lane=Lane("globex", "globex")))
+    assert result.moved == Next(bench.clock.now(), Lane("acme", "acme"), counted=False)

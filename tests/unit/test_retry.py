@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from relay.config.model import Retry
-from relay.delivery.retry import Plan, delay_seconds, plan
+from relay.delivery.retry import Plan, delay_seconds, give_up, plan
 from relay.mail.envelope import Envelope, Recipient
 from relay.mail.outcome import Failure, Outcome, Phase, Scope, Status, outcome_of_failure, outcome_of_reply
 from relay.mail.reply import Reply
@@ -235,12 +235,14 @@ OUTCOMES = (SENT, REFUSED, REJECTED, GREYLISTED, BUSY, DOWN, LOGIN_REFUSED, THRO
 @pytest.mark.parametrize("upstream", UPSTREAMS)
 @pytest.mark.parametrize("age", [0.0, RETRY.expire + 1])
 @pytest.mark.parametrize("doubted", [False, True])
-def test_the_laws_hold_for_every_pair_of_outcomes(upstream: str, age: float, doubted: bool) -> None:
+@pytest.mark.parametrize("shut", [(), ("acme",), ("spare",), ("spare", "house"), UPSTREAMS])
+def test_the_laws_hold_for_every_pair_of_outcomes(upstream: str, age: float, doubted: bool, shut: tuple[str, ...]) -> None:
     for first, second in product(OUTCOMES, OUTCOMES):
         claim = claim_of(Recipient("a", in_doubt=doubted), "b", upstream=upstream, age=age)
         given = {"a": first, "b": second}
-        decided = decide(given, claim)
+        decided = closed(given, claim, **dict.fromkeys(shut, 600.0))
         after = fates(decided)
+        assert age or decided.fallback not in shut, "nobody is sent where nothing is taken"
         waiting = [address for address, status in after.items() if status is Status.DEFERRED]
         assert after.keys() == given.keys(), "nobody is forgotten"
         assert (decided.next is not None) == bool(waiting), "who waits has a time, and only who waits"
@@ -260,3 +262,143 @@ def test_the_laws_hold_for_every_pair_of_outcomes(upstream: str, age: float, dou
                 assert decided.next.lane.upstream == upstream, "a 4xx of a recipient or a message is no reason to go elsewhere"
         if age and not decided.fallback:
             assert not waiting, "what has expired waits no longer"
+
+
+# -- breakers, and fallbacks for which it is too early ------------------------------------------------------------------------
+
+NOT_TRIED = outcome_of_failure(Phase.RESOLVE, Failure.UNREACHABLE, "not tried: acme has failed")
+
+
+def closed(
+    outcomes: dict[str, Outcome], claim: Claim | None = None, *, jitter: float = 1.0, tried: bool = True, **seconds: float
+) -> Plan:  # fmt: skip
+    """Decide while upstreams take nothing for so many seconds from now."""
+    until = {name: NOW + after for name, after in seconds.items()}
+    given = claim or claim_of(*outcomes)
+    return plan(given, outcomes, upstreams=UPSTREAMS, retry=RETRY, now=NOW, jitter=jitter, closed=until, tried=tried)
+
+
+@pytest.mark.parametrize("tried", [True, False])
+def test_fallbacks_that_take_nothing_at_the_moment_are_passed_over(tried: bool) -> None:
+    decided = closed({"a": DOWN if tried else NOT_TRIED}, acme=30, spare=30, tried=tried)
+    assert decided.next == Next(NOW, Lane("house", "r"), counted=False)
+    assert decided.fallback == "house"
+    assert closed({"a": DOWN}, spare=0).fallback == "spare", "its time has just come"
+
+
+def test_what_was_not_tried_and_has_nowhere_to_go_waits_for_the_first_that_takes_mail_and_does_not_count() -> None:
+    for times, seconds in (
+        ({"acme": 30, "spare": 60, "house": 90}, 30),
+        ({"acme": 900, "spare": 60, "house": 90}, 60),
+        ({"acme": 900, "spare": 90, "house": 60}, 60),
+    ):
+        decided = closed({"a": NOT_TRIED}, tried=False, jitter=0.9, **times)
+        assert decided.next == Next(NOW + seconds, Lane("acme", "r"), counted=False)
+        assert decided.fallback == ""
+        assert fates(decided) == {"a": Status.DEFERRED}
+
+
+def test_what_waits_for_a_breaker_comes_after_it_has_opened_and_spread_over_a_fifth_of_the_time() -> None:
+    claim = claim_of("a", upstream="acme")
+    for jitter, after in ((0.9, 0.0), (1.0, 0.1), (1.1, 0.2)):
+        for seconds in (30.0, 900.0):
+            decided = plan(
+                claim, {"a": NOT_TRIED}, upstreams=("acme",), retry=RETRY, now=NOW, jitter=jitter, closed={"acme": NOW + seconds},
+                tried=False,
+            )  # fmt: skip
+            assert decided.next is not None
+            assert decided.next.when == pytest.approx(NOW + seconds * (1 + after))
+
+
+@pytest.mark.parametrize(("seconds", "waits"), [(1800.0, 1800.0 + 180), (3500.0, 3500.0 + 180), (21_600.0, 1.1 * 3600)])
+def test_what_waits_for_a_breaker_is_spread_over_minutes_and_put_off_no_further_than_any_mail(seconds: float, waits: float) -> None:
+    for tried in (True, False):
+        decided = plan(
+            claim_of("a"), {"a": NOT_TRIED}, upstreams=("acme",), retry=RETRY, now=NOW, jitter=1.1, closed={"acme": NOW + seconds},
+            tried=tried,
+        )  # fmt: skip
+        assert decided.next is not None
+        assert decided.next.when == pytest.approx(NOW + waits)
+
+
+def test_what_was_not_tried_goes_at_once_where_the_breaker_has_closed_meanwhile() -> None:
+    decided = plan(claim_of("a"), {"a": NOT_TRIED}, upstreams=("acme",), retry=RETRY, now=NOW, jitter=1.0, tried=False)
+    assert decided.next == Next(NOW, Lane("acme", "r"), counted=False)
+
+
+def test_after_a_last_fallback_that_was_not_tried_the_round_counts_for_the_others_were() -> None:
+    decided = closed({"a": NOT_TRIED}, claim_of("a", upstream="house", attempt=3), tried=False, house=900)
+    assert decided.next == Next(NOW + 240, Lane("acme", "r"))
+
+
+def test_mail_that_has_failed_waits_until_its_upstream_takes_mail_or_a_fallback_does() -> None:
+    assert plan(claim_of("a"), {"a": DOWN}, upstreams=("acme",), retry=RETRY, now=NOW, jitter=0.9, closed={"acme": NOW + 900}).next == Next(
+        NOW + 900, Lane("acme", "r")
+    )
+    assert closed({"a": DOWN}, jitter=0.9, acme=900, spare=600, house=500).next == Next(NOW + 500, Lane("acme", "r"))
+    assert closed({"a": DOWN}, spare=600, house=500).next == Next(NOW + 60, Lane("acme", "r"))
+
+
+@pytest.mark.parametrize("outcome", [DOWN, NOT_TRIED])
+@pytest.mark.parametrize("upstream", UPSTREAMS)
+def test_what_is_in_doubt_waits_for_its_own_upstream_also_where_that_is_closed(outcome: Outcome, upstream: str) -> None:
+    doubted = claim_of(Recipient("a", in_doubt=True), upstream=upstream)
+    decided = closed({"a": outcome}, doubted, jitter=0.9, tried=outcome is DOWN, **{upstream: 900})
+    assert decided.next == Next(NOW + 900, Lane(upstream, "r"), counted=outcome is DOWN)
+    assert decided.fallback == ""
+
+
+@pytest.mark.parametrize("tried", [True, False])
+def test_a_closed_breaker_never_puts_mail_off_past_its_expiry(tried: bool) -> None:
+    for upstreams in (("acme",), UPSTREAMS):
+        decided = plan(
+            claim_of("a", age=RETRY.expire - 10), {"a": NOT_TRIED}, upstreams=upstreams, retry=RETRY, now=NOW, jitter=1.1, tried=tried,
+            closed=dict.fromkeys(upstreams, NOW + 900),
+        )  # fmt: skip
+        assert decided.next is not None
+        assert decided.next.when == NOW + 10
+
+
+def test_what_expires_untried_fails_with_what_the_breaker_remembers() -> None:
+    claim = claim_of("a", age=RETRY.expire)
+    decided = plan(
+        claim, {"a": NOT_TRIED}, upstreams=("acme",), retry=RETRY, now=NOW, jitter=1.0, closed={"acme": NOW + 900}, tried=False
+    )  # fmt: skip
+    assert decided.next is None
+    assert decided.outcomes["a"].reply.text == "delivery time expired; last reply: not tried: acme has failed"
+    assert decided.failed == [(claim.envelope.recipients[0], NOT_TRIED)]
+
+
+def test_mail_that_expires_gets_its_fallback_also_where_it_is_too_early_for_it() -> None:
+    assert closed({"a": DOWN}, claim_of("a", age=RETRY.expire), spare=3600, house=3600).fallback == "spare"
+
+
+@pytest.mark.parametrize("outcome", [FORBIDDEN, LACKING])
+def test_a_permission_fault_waits_for_a_fallback_that_takes_nothing_at_the_moment(outcome: Outcome) -> None:
+    decided = closed({"a": outcome}, jitter=0.9, spare=40, house=40)
+    assert fates(decided) == {"a": Status.DEFERRED}
+    assert decided.next == Next(NOW + 40, Lane("acme", "r"))
+
+
+def test_throttled_mail_comes_back_uncounted_also_where_a_breaker_is_open() -> None:
+    decided = closed({"a": THROTTLED}, jitter=0.9, acme=900)
+    assert decided.next == Next(NOW + 900, Lane("acme", "r"), counted=False)
+
+
+# -- the end ---------------------------------------------------------------------------------------------------------------
+
+
+def test_who_is_given_up_has_failed_for_the_reason_given() -> None:
+    reason = outcome_of_reply(Phase.RESOLVE, Reply(550, "", "no"))
+    claim = claim_of("a", Recipient("b", in_doubt=True))
+    decided = give_up(claim, reason._replace(status=Status.FAILED))
+    assert fates(decided) == {"a": Status.FAILED, "b": Status.FAILED}
+    assert decided.next is None
+    assert [r.address for r, _ in decided.failed] == ["a", "b"]
+
+
+def test_held_mail_whose_time_is_up_has_expired() -> None:
+    held = DOWN._replace(reply=Reply(0, "", "held: no route"), fallback=False)
+    decided = give_up(claim_of("a"), held)
+    assert str(decided.outcomes["a"].reply) == "4.4.7 delivery time expired; last reply: held: no route"
+    assert [o for _, o in decided.failed] == [held]

@@ -14,14 +14,16 @@ from relay.clock import Clock, ManualClock, SystemClock
 from relay.config.model import Config
 from relay.delivery import scheduler as module
 from relay.delivery import settle as settle_module
-from relay.delivery.attempt import Result
+from relay.delivery.attempt import Result, untried
+from relay.delivery.breaker import Breakers
 from relay.delivery.scheduler import Scheduler
 from relay.delivery.settle import Settler
 from relay.mail.envelope import Envelope, Origin, Recipient
 from relay.mail.outcome import Outcome, Phase, outcome_of_reply
 from relay.mail.reply import Reply
+from relay.observe.metrics import Metrics
 from relay.routing import Router
-from relay.spool.base import Claim, Content, Draft, Lane, MessageId, Settlement, SpoolError
+from relay.spool.base import Claim, Content, Draft, Lane, MessageId, Next, Selection, Settlement, SpoolError
 from relay.spool.memory import MemorySpool
 from tests.support.eventually import eventually
 from tests.unit.delivery import SENT, Log, config_of
@@ -110,8 +112,12 @@ class House:
         self.build(self.config)
 
     def build(self, config: Config) -> None:
-        settler = Settler(config, Router(config), self.spool, self.log.journal, self.clock, rng=Random(1))
-        self.scheduler = Scheduler(config, self.spool, self.attempts, settler, self.log.journal, self.clock)  # type: ignore[arg-type]
+        journal, clock, metrics = self.log.journal, self.clock, Metrics()
+        self.breakers = Breakers(config.retry, journal, metrics, clock)
+        settler = Settler(config, Router(config), self.spool, journal, clock, rng=Random(1), breakers=self.breakers, metrics=metrics)
+        self.scheduler = Scheduler(
+            config, self.spool, self.attempts, settler, journal, clock, breakers=self.breakers  # type: ignore[arg-type]
+        )  # fmt: skip
 
     def serve(self) -> None:
         self.service = asyncio.ensure_future(self.scheduler.serve())
@@ -227,6 +233,21 @@ async def test_reservations_are_bounded_and_come_back(house: House) -> None:
     assert again == taken
     for _ in range(again):
         house.scheduler.release(ACME)
+
+
+async def test_a_reservation_that_is_given_back_lets_waiting_mail_go(house: House) -> None:
+    house.serve()
+    await house.turns()
+    reserved = 0
+    while house.scheduler.reserve(ACME):
+        reserved += 1
+    (waiting,) = await house.put(ACME, told=True)
+    await house.turns()
+    assert house.attempts.tried == []
+    for _ in range(reserved):
+        house.scheduler.release(ACME)
+    await house.turns()
+    assert [tried[0] for tried in house.attempts.tried] == [waiting]
 
 
 async def test_no_slot_leaks_whatever_an_attempt_comes_to(house: House) -> None:
@@ -528,3 +549,132 @@ async def test_aborting_cuts_off_what_hangs_and_settles_nothing(house: House) ->
     assert house.attempts.active["acme"] == 0
     assert house.spool.asked["settle"] == 0
     assert house.log.events("fault") == []
+
+
+# -- the end of held mail, operators, and upstreams that come back -----------------------------------------------------------
+
+
+async def hold(house: House, count: int, *, until: float) -> None:
+    for _ in range(count):
+        await house.put(GLOBEX)
+    for claim in await house.spool.claim(GLOBEX, count):
+        then = Next(until, GLOBEX, counted=False, held="why")
+        await house.spool.settle(Settlement(claim, untried(claim), then, tried=False))
+
+
+async def test_held_mail_is_given_up_when_its_time_is_up_a_batch_at_a_time(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_OVERDUE_AT_ONCE", 3)
+    await hold(house, 8, until=house.clock.now() + 100)
+    house.serve()
+    await house.advance(99)
+    assert {entry.status for entry in house.spool.log} == {"held"}
+    for _ in range(16):
+        await house.advance(5)
+    await eventually(lambda: len([e for e in house.spool.log if e.status == "failed"]) == 8, "all given up")
+    await eventually(lambda: len(house.attempts.tried) == 8, "their reports")
+    assert house.scheduler._octets == 0
+
+
+async def test_a_scheduler_that_stops_gives_up_no_held_mail(house: House) -> None:
+    await hold(house, 1, until=house.clock.now())
+    house.scheduler.stop()
+    house.serve()
+    await house.turns()
+    assert [claim.held for claim in await house.spool.overdue(10)] == ["why"]
+
+
+async def test_what_an_operator_gives_up_ends_beside_the_slots_and_is_waited_for_at_the_end(house: House) -> None:
+    house.attempts.hang("acme")
+    await house.put(*[ACME] * 2)
+    house.serve()
+    await house.turns()
+    await house.put(*[ACME] * 3, due=house.clock.now() + 1000)
+    claims = await house.spool.take(Selection(upstream="acme"), 10)
+    house.scheduler.give_up(claims, "enough")
+    house.scheduler.stop()
+    assert house.scheduler._octets == 5 * len(CONTENT)
+    for gate in house.attempts.gates.values():
+        gate.set()
+    await house.scheduler.drained()
+    assert sorted(entry.status for entry in house.spool.log) == ["failed"] * 3 + ["sent"] * 2
+    assert house.scheduler._octets == 0
+
+
+async def test_what_a_new_secret_frees_is_due_at_once_and_what_is_held_stays(house: House) -> None:
+    house.serve()
+    await house.put(*[ACME] * 3, due=house.clock.now() + 10_000)
+    await hold(house, 1, until=house.clock.now() + 10_000)
+    await house.turns()
+    assert house.attempts.tried == []
+    house.scheduler.secret_changed("acme")
+    house.scheduler.secret_changed("globex")
+    await house.turns(100)
+    assert house.attempts.lanes() == [ACME] * 3
+
+
+async def test_mail_that_cannot_be_brought_forward_stops_no_other_and_is_tried_again_soon(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(_: Selection) -> None:
+        raise SpoolError("disk on fire")
+
+    works = house.spool.reschedule
+    monkeypatch.setattr(house.spool, "reschedule", fail)
+    house.serve()
+    await house.put(ACME, due=house.clock.now() + 10_000)
+    house.scheduler.secret_changed("acme")
+    await house.turns()
+    for _ in range(3):
+        await house.put(GLOBEX, told=True)
+        await house.turns()
+    assert house.attempts.lanes() == [GLOBEX] * 3
+    monkeypatch.setattr(house.spool, "reschedule", works)
+    await house.advance(5)
+    assert house.attempts.lanes() == [GLOBEX] * 3 + [ACME]
+    assert len(house.log.events("fault")) == 1
+
+
+async def test_an_upstream_may_be_tried_whatever_its_breaker_says(house: House) -> None:
+    outcome = outcome_of_reply(Phase.AUTH, Reply(535, "", "no"))
+    house.breakers.record("acme", MessageId("01"), [outcome])
+    assert house.breakers.ready_at("acme")
+    house.scheduler.try_now("acme")
+    assert not house.breakers.ready_at("acme")
+
+
+async def test_upstreams_with_nothing_due_are_not_looked_at(house: House) -> None:
+    names = [f"t{number}" for number in range(500)]
+    routes = [{"name": name, "sender": f"{name}.example", "upstream": name} for name in names]
+    house.build(config_of(routes, upstreams={name: {} for name in names}))
+    house.serve()
+    for name in names[:3]:
+        await house.put(Lane(name, name), told=True)
+    await house.put(ACME, told=True)
+    await house.turns(100)
+    assert len(house.attempts.tried) == 4
+    assert len(house.scheduler._ready) <= 4
+    await house.advance(60)
+    assert house.scheduler._ready == {}
+
+
+@pytest.mark.parametrize("others", [ACME, GLOBEX])
+async def test_a_message_is_known_to_be_under_way_at_its_upstream(house: House, others: Lane) -> None:
+    house.attempts.hang("acme")
+    house.serve()
+    (id,) = await house.put(ACME, told=True)
+    await house.turns()
+    assert house.scheduler.attempting(id, {"acme", "globex"})
+    assert not house.scheduler.attempting(id, {"globex"})
+    assert not house.scheduler.attempting("0", {others.upstream})
+
+
+async def test_a_throttled_upstream_is_paused(house: House) -> None:
+    house.attempts.answers["acme"] = THROTTLED
+    house.serve()
+    await house.put(ACME, told=True)
+    await house.turns()
+    assert house.scheduler.paused(ACME)
+    assert not house.scheduler.paused(GLOBEX)
+    house.attempts.answers["acme"] = SENT
+    await house.advance(60)
+    assert not house.scheduler.paused(ACME)

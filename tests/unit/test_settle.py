@@ -14,12 +14,14 @@ from relay.clock import ManualClock
 from relay.config.model import Config
 from relay.delivery import settle
 from relay.delivery.attempt import Result, untried
+from relay.delivery.breaker import Breakers
 from relay.delivery.settle import Settler
 from relay.mail.envelope import Envelope, Origin, Recipient
 from relay.mail.outcome import Failure, Outcome, Phase, outcome_of_failure, outcome_of_reply
 from relay.mail.reply import Reply
+from relay.observe.metrics import Metrics
 from relay.routing import Router
-from relay.spool.base import Claim, Content, Draft, Lane, Next, Settlement, SpoolError, SpoolFull
+from relay.spool.base import Claim, Content, Draft, Lane, MessageId, Next, Settlement, SpoolError, SpoolFull
 from relay.spool.memory import MemorySpool
 from tests.unit.delivery import LANE, PREFIX, SENT, Log, config_of
 
@@ -58,7 +60,12 @@ class House:
 
     def use(self, config: Config) -> None:
         self.config = config
-        self.settler = Settler(config, Router(config), self.spool, self.log.journal, self.clock, rng=random.Random(1))
+        self.metrics = Metrics()
+        self.breakers = Breakers(config.retry, self.log.journal, self.metrics, self.clock)
+        self.settler = Settler(
+            config, Router(config), self.spool, self.log.journal, self.clock, rng=random.Random(1), breakers=self.breakers,
+            metrics=self.metrics,
+        )  # fmt: skip
 
     async def claim(self, *recipients: Recipient | str, sender: str = "app@acme.example", lane: Lane = LANE, **envelope: Any) -> Claim:
         """A message that has just been put and claimed."""
@@ -387,3 +394,148 @@ async def test_throttling_is_an_event_of_its_own_and_degrades_nothing(house: Hou
     (event,) = house.log.events("throttled")
     assert (event["upstream"], event["reply"]) == ("acme", "454 4.7.0 slow down")
     assert house.log.events("degraded") == []
+
+
+# -- breakers, fallbacks that wait, and what is given up -----------------------------------------------------------------------
+
+
+def not_tried(text: str = "not tried: acme has failed") -> Outcome:
+    return outcome_of_failure(Phase.RESOLVE, Failure.UNREACHABLE, text)
+
+
+async def put_off(house: House, claim: Claim) -> list[Next]:
+    """Settle an attempt that was not made."""
+    outcomes = dict.fromkeys((r.address for r in claim.envelope.recipients), not_tried())
+    return await house.settler.settle(claim, Result(outcomes, tried=False))
+
+
+def break_open(house: House, upstream: str) -> None:
+    for number in range(3):
+        house.breakers.admit(upstream, MessageId(f"0{number}"))
+        house.breakers.record(upstream, MessageId(f"0{number}"), [DOWN])
+
+
+async def test_mail_that_waits_for_a_breaker_is_told_of_while_it_is_new_and_then_no_more(house: House) -> None:
+    house.use(config_of([{"name": "acme", "sender": "acme.example", "upstream": "acme"}]))
+    break_open(house, "acme")
+    claim = await house.claim()
+    (due,) = await put_off(house, claim)
+    assert due.lane == LANE
+    assert 30 <= due.when - house.clock.now() <= 36
+    house.clock.advance(40)
+    (again,) = await house.waiting()
+    assert again.attempt == 1
+    await put_off(house, again)
+    assert [e["reply"] for e in house.log.events("deferred")] == ["not tried: acme has failed"]
+    assert [entry.status for entry in house.spool.log] == ["deferred"]
+
+
+async def test_mail_that_moves_past_an_open_breaker_is_told_of_however_old_it_is(house: House) -> None:
+    break_open(house, "acme")
+    break_open(house, "spare")
+    claim = await house.claim()
+    house.clock.advance(20)
+    assert await put_off(house, claim) == [Next(house.clock.now(), Lane("house", "acme"), counted=False)]
+    old = await house.claim()
+    house.clock.advance(3600)
+    assert (await put_off(house, old))[0].lane == Lane("spare", "acme"), "half-open: it may be tried"
+    assert [e["next"] for e in house.log.events("deferred")] == ["fallback house, now", "fallback spare, now"]
+    (event,) = house.log.events("degraded")
+    assert (event["upstream"], event["fallback"]) == ("acme", "house")
+    assert house.metrics.registry.get_sample_value("relay_degraded_total", {"route": "acme", "upstream": "house"}) == 1
+
+
+async def test_mail_that_expires_while_its_upstream_is_closed_is_reported_with_the_last_reply(house: House) -> None:
+    house.use(config_of([{"name": "acme", "sender": "acme.example", "upstream": "acme"}]))
+    claim = await house.claim()
+    house.clock.advance(4 * 86_400)
+    break_open(house, "acme")
+    await put_off(house, claim)
+    (group,) = said(await house.bounce())[1:]
+    assert group["Status"] == "4.4.7"
+    assert "not tried: acme has failed" in group["Diagnostic-Code"]
+
+
+AFTER: list[dict[str, Any]] = [
+    {"name": "acme", "sender": "acme.example", "upstream": "acme", "fallback": ["spare", {"upstream": "house", "after": "10m"}]}
+]
+
+
+async def test_a_fallback_that_is_not_to_be_used_yet_is_waited_for_from_the_first_failure_on(house: House) -> None:
+    house.use(config_of(AFTER))
+    house.breakers.record("acme", MessageId("01"), [DOWN])
+    house.clock.advance(9.5 * 60)
+    (due,) = await house.settle(await house.claim(lane=Lane("spare", "acme")), DOWN)
+    assert due.lane == LANE
+    assert 30 <= due.when - house.clock.now() <= 36
+    house.clock.advance(30)
+    (due,) = await house.settle(await house.claim(lane=Lane("spare", "acme")), DOWN)
+    assert due == Next(house.clock.now(), Lane("house", "acme"), counted=False)
+
+
+async def test_mail_that_is_at_a_fallback_already_does_not_wait_for_it(house: House) -> None:
+    house.use(config_of(AFTER))
+    for outcome in (GREYLISTED, LOST):
+        (due,) = await house.settle(await house.claim(lane=Lane("house", "acme")), outcome)
+        assert due.lane == Lane("house", "acme")
+        assert due.when - house.clock.now() <= 66
+
+
+async def test_the_time_of_a_fallback_begins_now_where_the_primary_has_just_taken_mail(house: House) -> None:
+    fallback = [{"upstream": "house", "after": "30s"}]
+    house.use(config_of([{"name": "acme", "sender": "acme.example", "upstream": "acme", "fallback": fallback}]))
+    (due,) = await house.settle(await house.claim(), DOWN)
+    assert due.lane == LANE
+    assert 30 <= due.when - house.clock.now() <= 36
+
+
+async def test_a_route_is_retried_by_its_own_times(house: House) -> None:
+    house.use(config_of([{"name": "acme", "sender": "acme.example", "upstream": "acme", "retry": {"first": "10m", "expire": "1h"}}]))
+    (due,) = await house.settle(await house.claim(), GREYLISTED)
+    assert 540 <= due.when - house.clock.now() <= 660
+    old = await house.claim()
+    house.clock.advance(3600)
+    await house.settle(old, GREYLISTED)
+    assert [e["event"] for e in house.log.events("failed")] == ["failed"]
+
+
+async def test_who_is_given_up_by_an_operator_fails_for_the_reason_he_gave(house: House) -> None:
+    claim = await house.claim("a@example.org", Recipient("b@example.org", in_doubt=True))
+    (due,) = await house.settler.give_up(claim, "given up by the operator")
+    assert due.lane == LANE
+    groups = said(await house.bounce())[1:]
+    assert [(g["Action"], g["Diagnostic-Code"], g.get("X-Delivery")) for g in groups] == [
+        ("failed", "x-relay; given up by the operator", None),
+        ("failed", "x-relay; given up by the operator", "unconfirmed"),
+    ]
+    assert house.log.names() == ["failed", "bounced"]
+    assert house.log.events("failed")[0]["reply"] == "given up by the operator"
+    assert {entry.status for entry in house.spool.log} == {"failed"}
+
+
+async def test_held_mail_whose_time_is_up_is_reported_with_the_reason_of_the_hold(house: House) -> None:
+    claim = await house.claim()
+    await house.settler.settle(claim, Result(untried(claim), Next(house.clock.now() + 60, LANE, counted=False, held="no route")))
+    assert await house.spool.overdue(10) == []
+    house.clock.advance(60)
+    (again,) = await house.spool.overdue(10)
+    assert again.held == "no route"
+    await house.settler.give_up(again, "")
+    (group,) = said(await house.bounce())[1:]
+    assert group["Status"] == "4.4.7"
+    assert "no route" in group["Diagnostic-Code"]
+    assert await house.spool.overdue(10) == []
+    (event,) = house.log.events("failed")
+    assert event["reply"] == "4.4.7 delivery time expired; last reply: held: no route"
+
+
+async def test_what_was_sent_for_a_claim_that_was_lost_is_not_told(house: House) -> None:
+    claim = await house.claim()
+    assert await house.settle(claim._replace(token=claim.token + 1), SENT) == []
+    assert house.log.names() == ["note"]
+
+
+async def test_a_claim_that_was_lost_is_not_given_up(house: House) -> None:
+    claim = await house.claim()
+    assert await house.settler.give_up(claim._replace(token=claim.token + 1), "no") == []
+    assert house.log.names() == ["note"]

@@ -1,0 +1,228 @@
+"""Whether an upstream is worth a connection at the moment: a circuit breaker for the way to it, and one for its credential.
+
+Closed; open after failures that concern everybody; half-open when its time is up, for one message that tries while the others go on
+as if it were open; closed by the first one that the upstream deals with. What is said about one recipient or message, a request to
+slow down and a reply lost after the last octet are no failures of the upstream.
+
+State: in memory, of upstreams that have failed since they last dealt with a message; a restart begins with all closed. No network, no
+task, no timer: time is looked at when somebody asks.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Final, NamedTuple
+
+from relay.clock import Clock
+from relay.config.model import Retry
+from relay.mail.outcome import Outcome, Phase, Scope, Status
+from relay.mail.reply import Reply
+from relay.observe.journal import Journal
+from relay.observe.metrics import Metrics
+from relay.spool.base import MessageId
+
+#: After being open for so long, mail has been put off far into the future and is worth looking for in the spool.
+_LONG_SECONDS = 300.0
+
+
+class _Kind(NamedTuple):
+    """What fails together. `patience`: failures in a row that open it; open for `first` seconds, then twice as long each time."""
+
+    name: str
+    patience: int
+    first: float
+    longest: float
+
+
+# Envoy ejects a host for 30 s at first; Postfix gives up a destination for 5 min after its first failed session. One failed connection
+# in a row of messages is common, three are not. Where the file's `retry` is less patient, it is less long.
+_WAY: Final = _Kind("connection", 3, 30.0, 900.0)
+# Providers lock an account after some ten wrong passwords (Active Directory's usual threshold), so the first refusal is enough.
+_LOGIN: Final = _Kind("credential", 1, 900.0, 21_600.0)
+
+_TRANSACTION: Final = (Phase.MAIL, Phase.RCPT, Phase.DATA, Phase.CONTENT)
+
+
+@dataclass(slots=True)
+class _Circuit:
+    """One breaker. `since`: the first failure of this row (epoch); `open_since` and `until`: monotonic seconds, of one that is open.
+
+    `last`: the message that failed last.
+    """
+
+    kind: _Kind
+    failures: int = 0
+    since: float = 0.0
+    open_seconds: float = 0.0  # 0: closed
+    open_since: float = 0.0
+    until: float = 0.0
+    reply: str = ""
+    last: MessageId | None = None
+
+
+@dataclass(slots=True)
+class _Trouble:
+    """An upstream that fails. `trying`: the message that finds out whether it still does."""
+
+    way: _Circuit
+    login: _Circuit
+    trying: MessageId | None = None
+
+    @property
+    def open(self) -> _Circuit | None:
+        """The open circuit that lasts longest."""
+        return max((c for c in (self.way, self.login) if c.open_seconds), key=lambda c: c.until, default=None)
+
+
+class _Sign(Enum):
+    """What an attempt says about its upstream."""
+
+    WORKS = "works"
+    FAILS = "fails"
+    REFUSES = "refuses the credential"
+    NOTHING = "nothing"
+
+
+class Trouble(NamedTuple):
+    """An upstream that fails, for people: what does, since when (epoch), how often in a row, and seconds until it is tried; 0: now."""
+
+    upstream: str
+    kind: str
+    since: float
+    failures: int
+    open_seconds: float
+    reply: str
+
+
+class Breakers:
+    """The breakers of all upstreams."""
+
+    def __init__(self, retry: Retry, journal: Journal, metrics: Metrics, clock: Clock) -> None:
+        self._way = _WAY._replace(first=min(_WAY.first, retry.first), longest=min(_WAY.longest, retry.max))
+        self._journal = journal
+        self._metrics = metrics
+        self._clock = clock
+        self._troubles: dict[str, _Trouble] = {}
+
+    # -- for attempts -----------------------------------------------------------------------------------------------------
+
+    def admit(self, upstream: str, id: MessageId) -> Outcome | None:
+        """None: go ahead, and `record` what it came to. Else the outcome for everybody, without touching the network."""
+        trouble = self._troubles.get(upstream)
+        if trouble is None or (circuit := trouble.open) is None:
+            return None
+        if trouble.trying is None and circuit.until <= self._clock.monotonic():
+            trouble.trying = id
+            return None
+        since = datetime.fromtimestamp(circuit.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        what = "has refused its credential" if circuit.kind is _LOGIN else "has failed"
+        text = f"not tried: {upstream} {what} since {since}; last: {circuit.reply}"
+        return Outcome(Status.DEFERRED, Scope.UPSTREAM, Phase.RESOLVE, Reply(0, "", text), fallback=True)
+
+    def record(self, upstream: str, id: MessageId, outcomes: Iterable[Outcome]) -> bool:
+        """Note what an admitted attempt came to. Answers whether the upstream works again after a long time."""
+        trouble = self._troubles.get(upstream)
+        sign, outcome = _sign(outcomes)
+        if sign is _Sign.WORKS:
+            return trouble is not None and self._close(upstream, trouble)
+        tried = trouble is not None and trouble.trying == id
+        if trouble is not None and tried:
+            trouble.trying = None
+        if outcome is None:
+            return False
+        if trouble is None:
+            trouble = self._troubles[upstream] = _Trouble(_Circuit(self._way), _Circuit(_LOGIN))
+        if sign is _Sign.REFUSES and trouble.way.failures:  # it was reached
+            if trouble.way.open_seconds:
+                self._metrics.breaker_closed(upstream=upstream, kind=_WAY.name)
+            trouble.way = _Circuit(self._way)
+        self._fail(upstream, trouble.login if sign is _Sign.REFUSES else trouble.way, id, outcome, tried=tried)
+        return False
+
+    # -- for decisions ----------------------------------------------------------------------------------------------------
+
+    def ready_at(self, upstream: str) -> float:
+        """From when on a message may try it (epoch); 0.0: now."""
+        trouble = self._troubles.get(upstream)
+        if trouble is None or (circuit := trouble.open) is None:
+            return 0.0
+        left = circuit.until - self._clock.monotonic()
+        if trouble.trying is not None:
+            left = max(left, self._way.first)  # about what a connection takes to fail
+        return self._clock.now() + left if left > 0 else 0.0
+
+    def failing_since(self, upstream: str) -> float | None:
+        """When the failures began of which none has been followed by a success (epoch)."""
+        trouble = self._troubles.get(upstream)
+        return None if trouble is None else min(c.since for c in (trouble.way, trouble.login) if c.failures)
+
+    def reset(self, upstream: str) -> None:
+        """There is reason to think that it works again: the next message may try."""
+        if (trouble := self._troubles.get(upstream)) is not None:
+            for circuit in (trouble.way, trouble.login):
+                circuit.until = min(circuit.until, self._clock.monotonic())
+
+    def troubles(self) -> list[Trouble]:
+        """Every upstream that fails at the moment, for people."""
+        now = self._clock.monotonic()
+        return [
+            Trouble(name, c.kind.name, c.since, c.failures, max(0.0, c.until - now) if c.open_seconds else 0.0, c.reply)
+            for name, trouble in self._troubles.items()
+            for c in (trouble.way, trouble.login)
+            if c.failures
+        ]
+
+    # -- transitions ------------------------------------------------------------------------------------------------------
+
+    def _fail(self, upstream: str, circuit: _Circuit, id: MessageId, outcome: Outcome, *, tried: bool) -> None:
+        if circuit.open_seconds and not tried:
+            return  # it had begun before the circuit opened
+        if outcome.phase in _TRANSACTION and circuit.last == id:
+            return  # a message that breaks every session speaks of itself; if it was the one to try, the next one does
+        circuit.last = id
+        if not circuit.failures:
+            circuit.since = self._clock.now()
+        circuit.failures += 1
+        circuit.reply = str(outcome.reply)
+        now, kind = self._clock.monotonic(), circuit.kind
+        if circuit.open_seconds:
+            circuit.open_seconds = min(kind.longest, 2 * circuit.open_seconds)
+        # A refusal to relay that comes as late as RCPT may be about odd recipients: one must not stop a tenant's mail.
+        elif circuit.failures >= (_WAY.patience if outcome.phase is Phase.RCPT else kind.patience):
+            circuit.open_seconds, circuit.open_since = kind.first, now
+            self._metrics.breaker_opened(upstream=upstream, kind=kind.name)
+            times = f" {circuit.failures} times in a row" if circuit.failures > 1 else ""
+            what = f"upstream {upstream} {'failed' if kind is self._way else 'refused its credential'}{times}"
+            then = f"it is left alone for {kind.first:g} s, and then tried with one message"
+            self._journal.note("warning", f"{what}; {then}; last reply: {circuit.reply}")
+        circuit.until = now + circuit.open_seconds
+
+    def _close(self, upstream: str, trouble: _Trouble) -> bool:
+        del self._troubles[upstream]
+        circuit = trouble.open
+        if circuit is None:
+            return False
+        for each in (trouble.way, trouble.login):
+            if each.open_seconds:
+                self._metrics.breaker_closed(upstream=upstream, kind=each.kind.name)
+        seconds = self._clock.monotonic() - circuit.open_since
+        self._journal.note("info", f"upstream {upstream} works again, after {seconds:.0f} s")
+        return seconds >= _LONG_SECONDS
+
+
+def _sign(outcomes: Iterable[Outcome]) -> tuple[_Sign, Outcome | None]:
+    """What the outcomes of one attempt say about the upstream, and which of them does where it is a failure."""
+    works = False
+    failure: Outcome | None = None
+    for outcome in outcomes:
+        if outcome.status is Status.SENT:
+            return _Sign.WORKS, None
+        refused = outcome.scope is Scope.CREDENTIAL
+        if refused or (outcome.scope is Scope.UPSTREAM and outcome.status is Status.DEFERRED and outcome.fallback):
+            failure = outcome if failure is None or refused else failure
+        elif outcome.status is Status.FAILED or outcome.scope in (Scope.RECIPIENT, Scope.MESSAGE):
+            works = True
+    if failure is not None:
+        return (_Sign.REFUSES if failure.scope is Scope.CREDENTIAL else _Sign.FAILS), failure
+    return (_Sign.WORKS if works else _Sign.NOTHING), None

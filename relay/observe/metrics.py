@@ -1,0 +1,36 @@
+"""Counters of what happens rarely and must not be missed, in a registry of their own. Who serves them is decided elsewhere.
+
+State: the counters. Laws: names begin with `relay_`; labels are names from the configuration, never an address; nothing that happens
+to every message is counted here.
+"""
+
+from prometheus_client import CollectorRegistry, Counter
+
+
+class Metrics:
+    """The counters of one relay."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, what: str, *labels: str) -> Counter:
+            return Counter(name, what, labels, registry=self.registry)
+
+        self._degraded = counter("relay_degraded", "Times that a route began to use a fallback.", "route", "upstream")
+        self._recovered = counter("relay_recovered", "Times that a degraded route's own upstream took mail again.", "route", "upstream")
+        self._opened = counter("relay_breaker_opened", "Times that an upstream was given up for a while.", "upstream", "kind")
+        self._closed = counter("relay_breaker_closed", "Times that such an upstream dealt with mail again.", "upstream", "kind")
+
+    def degraded(self, *, route: str, upstream: str) -> None:
+        """`upstream`: the fallback that is used."""
+        self._degraded.labels(route, upstream).inc()
+
+    def recovered(self, *, route: str, upstream: str) -> None:
+        self._recovered.labels(route, upstream).inc()
+
+    def breaker_opened(self, *, upstream: str, kind: str) -> None:
+        """`kind`: connection or credential."""
+        self._opened.labels(upstream, kind).inc()
+
+    def breaker_closed(self, *, upstream: str, kind: str) -> None:
+        self._closed.labels(upstream, kind).inc()
