@@ -7,6 +7,8 @@ Durations inside one process are measured with `monotonic()`, which a stepped cl
 import time
 from typing import Protocol
 
+_STEP_SECONDS = 60.0
+
 
 class Clock(Protocol):
     """Where the relay gets the time from."""
@@ -27,6 +29,23 @@ class SystemClock:
     monotonic = staticmethod(time.monotonic)
 
 
+class Steps:
+    """Notices that somebody has set wall time: a machine that starts with the wrong one, a mistake and its repair."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._distance = clock.now() - clock.monotonic()
+
+    def last(self) -> float:
+        """By how many seconds it was set since this was last asked; 0 for less than a minute, which is added to the next."""
+        distance = self._clock.now() - self._clock.monotonic()
+        step = distance - self._distance
+        if abs(step) < _STEP_SECONDS:
+            return 0.0
+        self._distance = distance
+        return step
+
+
 class ManualClock:
     """A clock that stands still until a test moves it."""
 
@@ -43,3 +62,7 @@ class ManualClock:
     def advance(self, seconds: float) -> None:
         self._now += seconds
         self._monotonic += seconds
+
+    def step(self, seconds: float) -> None:
+        """Set wall time, as an administrator or NTP does."""
+        self._now += seconds

@@ -33,6 +33,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "aiosmtplib": ("upstream/session.py",),
     "apsw": ("spool/sqlite*.py",),
     "cryptography": ("cli/demo*.py",),
+    "prometheus_client": ("observe/metrics.py",),
     "pydantic": ("config/*.py",),
     "pydantic_core": ("config/*.py",),
     "uvloop": ("app.py",),

@@ -199,7 +199,7 @@ def _as_json(value: object) -> str:
 
 def _show_outcomes(*, as_json: bool) -> int:
     """The table of fates in the order of a session."""
-    from relay.mail.outcome import rows_by_phase
+    from relay.mail.outcome import SAYINGS, rows_by_phase
 
     names = ("phase", "event", "status", "scope", "then", "why")
     table = [(phase.value, *_columns(row)) for phase, row in rows_by_phase()]
@@ -208,6 +208,8 @@ def _show_outcomes(*, as_json: bool) -> int:
         return 0
     widths = [max(len(line[column]) for line in (names, *table)) for column in range(len(names) - 1)]
     print("\n".join(_row(line, widths) for line in (names, *table)))
+    for saying, phrases in SAYINGS.items():
+        print(f'\n"{saying}": the reply says {", ".join(phrases[:-1])} or {phrases[-1]}')
     return 0
 
 

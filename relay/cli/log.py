@@ -41,9 +41,9 @@ def run(options: argparse.Namespace) -> int:
         raise
 
 
-def _show(view: "SqliteView", options: argparse.Namespace) -> None:
+def _show(view: "SqliteView", options: argparse.Namespace) -> int:
     from relay.cli.table import Table, counted
-    from relay.spool.sqlite_view import EVERYTHING
+    from relay.spool.base import EVERYTHING
 
     table, wanted = Table(_COLUMNS, right=("TRY", "DELAY")), selection(options)
     end = view.end_of_log()
@@ -53,7 +53,7 @@ def _show(view: "SqliteView", options: argparse.Namespace) -> None:
         if not options.json:
             none = "the log is empty" if wanted == EVERYTHING and end == 0 else "nothing in the log is like that"
             print(counted(shown, "line") if shown else none)
-        return
+        return 0
     while True:
         time.sleep(_FOLLOW_SECONDS)
         after, end = end, view.end_of_log()
@@ -72,7 +72,7 @@ def _print(entries: "Iterable[LogEntry]", table: "Table", *, as_json: bool) -> i
             shown += 1
             yield entry
 
-    lines = (tables.as_json(_fields(entry)) for entry in noted()) if as_json else table.lines(_row(entry) for entry in noted())
+    lines = (tables.as_json(fields(entry)) for entry in noted()) if as_json else table.lines(_row(entry) for entry in noted())
     for line in lines:
         print(line)
     sys.stdout.flush()
@@ -88,7 +88,7 @@ def _row(entry: "LogEntry") -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _fields(entry: "LogEntry") -> dict[str, object]:
+def fields(entry: "LogEntry") -> dict[str, object]:
     """One result for a script."""
     from relay.cli.table import moment
 
@@ -108,6 +108,7 @@ def _fields(entry: "LogEntry") -> dict[str, object]:
         "to": entry.summary.to,
         "cc": entry.summary.cc,
         "subject": entry.summary.subject,
+        "report": entry.report,
     }
 
 

@@ -1,4 +1,4 @@
-"""`relay queue list`: what is waiting in the spool, since when, where for, and what the upstream said last.
+"""`relay queue`: its verbs, and of them `list`: what is waiting in the spool, since when, where for, and the upstream's last words.
 
 Reads the spool itself, whether a relay runs or not. `active` means that an attempt is under way, or was when the relay ended.
 """
@@ -7,26 +7,28 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
-from relay.cli.options import add_unavailable
+from relay.cli import queue_show, queue_verbs
 from relay.cli.selection import STATES, add_filters, selection, with_view
 
 if TYPE_CHECKING:
     from relay.spool.base import Queued
     from relay.spool.sqlite_view import SqliteView
 
-_NOT_YET = ("show", "retry", "hold", "release", "drop", "bounce")
 _COLUMNS = ("ID", "STATE", "AGE", "TRIES", "SIZE", "ROUTE", "UPSTREAM", "SENDER", "RECIPIENTS", "NEXT", "LAST REPLY")
 _SHOWN_RECIPIENTS = 2
 
 
 def add_parser(subparsers: Any) -> None:
     """Add `queue` to the commands."""
-    parser = subparsers.add_parser("queue", help="what is waiting", description="Show what is waiting in the spool.")
+    parser = subparsers.add_parser(
+        "queue", help="what is waiting, and what to do with it", description="Show what is waiting, and act on it."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     listing = verbs.add_parser("list", help="what is waiting, since when, and the last reply", description=__doc__.partition("\n\n")[2])
     add_filters(listing, states=STATES)
     listing.set_defaults(run=run)
-    add_unavailable(verbs, _NOT_YET)
+    queue_show.add_parser(verbs)
+    queue_verbs.add_parsers(verbs)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -34,15 +36,15 @@ def run(options: argparse.Namespace) -> int:
     return with_view(options, lambda view: _list(view, options))
 
 
-def _list(view: "SqliteView", options: argparse.Namespace) -> None:
+def _list(view: "SqliteView", options: argparse.Namespace) -> int:
     from relay.cli.table import Table, as_json, counted, size
-    from relay.spool.sqlite_view import EVERYTHING
+    from relay.spool.base import EVERYTHING
 
     wanted = selection(options)
     if options.json:
         for queued in view.queued(wanted):
-            print(as_json(_fields(queued)))
-        return
+            print(as_json(queue_show.fields(queued)))
+        return 0
     messages = recipients = octets = 0
 
     def rows() -> Any:
@@ -57,6 +59,7 @@ def _list(view: "SqliteView", options: argparse.Namespace) -> None:
         print(f"{counted(messages, 'message')}, {counted(recipients, 'recipient')}, {size(octets)}")
     else:
         print("queue is empty" if wanted == EVERYTHING else "nothing in the queue is like that")
+    return 0
 
 
 def _row(queued: "Queued", now: float) -> tuple[str, ...]:
@@ -71,24 +74,3 @@ def _row(queued: "Queued", now: float) -> tuple[str, ...]:
         queued.id, queued.state, age(now - queued.created), str(queued.attempts), size(queued.size), queued.lane.route,
         queued.lane.upstream, queued.sender or "<>", ", ".join(names), following, f"in doubt: {reply}" if queued.in_doubt else reply,
     )  # fmt: skip
-
-
-def _fields(queued: "Queued") -> dict[str, object]:
-    """One message for a script."""
-    from relay.cli.table import moment
-
-    return {
-        "id": queued.id,
-        "state": queued.state,
-        "route": queued.lane.route,
-        "upstream": queued.lane.upstream,
-        "sender": queued.sender,
-        "recipients": list(queued.recipients),
-        "size": queued.size,
-        "created": moment(queued.created),
-        "due": moment(queued.due),
-        "attempts": queued.attempts,
-        "held": queued.held,
-        "reply": queued.last_reply,
-        "in_doubt": queued.in_doubt,
-    }

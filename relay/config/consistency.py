@@ -113,7 +113,7 @@ def _action(path: KeyPath, route: dict[str, Any]) -> Iterator[Problem]:
     elif "upstream" not in route and "reject" not in route:
         yield Problem((*path, "upstream"), "a route needs an upstream, or reject with a text", at="missing")
     elif "reject" in route:
-        for key in ("fallback", "rewrite"):
+        for key in ("fallback", "rewrite", "retry", "wait"):
             if key in route:
                 yield Problem((*path, key), f"a route that rejects has no {key}", at="key")
 

@@ -1,11 +1,12 @@
-"""What is allowed and probably not meant: routes never taken, upstreams never used, secrets and mail less guarded than they look.
+"""What is allowed and probably not meant: routes never taken, upstreams never used, secrets and mail less guarded than they look. And,
+as an error, what no file can mean: an upstream that is the relay itself.
 
-Every warning is a fact about the configuration alone; none looks at the network. Pure. The search for unreachable routes asks for
+Every finding is a fact about the configuration alone; none looks at the network. Pure. The search for unreachable routes asks for
 every route which conditions could cover its own, and looks these up: its time grows with the file, not with its square.
 """
 
 from collections.abc import Iterator
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import product
 from typing import Final
 
@@ -31,6 +32,35 @@ def improbable(config: Config) -> Iterator[Problem]:
     yield from _unused(config)
     yield from _open_senders(config)
     yield from _unreachable(config.routes)
+    yield from _too_late(config)
+
+
+def circular(config: Config) -> Iterator[Problem]:
+    """Upstreams that are one of our own listeners, as far as addresses tell: a name that leads here is found when mail comes back."""
+    for name, upstream in config.upstreams.items():
+        for listener in config.listeners:
+            if upstream.port == listener.port and any(_reaches(host, listener.host) for host in upstream.host):
+                yield Problem(("upstreams", name, "host"), f"this is the relay itself: mail would go in circles through {listener.bind}")
+                break
+
+
+def _reaches(host: str, bound: str) -> bool:
+    """Whether who connects to `host` finds what listens on `bound`."""
+    for target in _addresses(host):
+        for address in _addresses(bound):
+            if target == address or (target.version == address.version and address.is_unspecified and target.is_loopback):
+                return True
+    return False
+
+
+def _addresses(host: str) -> list[IPv4Address | IPv6Address]:
+    """The addresses of a host that is one, or this machine."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return [ip_address("127.0.0.1"), ip_address("::1")]
+    try:
+        return [ip_address(host)]
+    except ValueError:
+        return []
 
 
 def _unguarded(upstream: Upstream, *, exposed: bool) -> Iterator[tuple[str, str]]:
@@ -44,12 +74,7 @@ def _unguarded(upstream: Upstream, *, exposed: bool) -> Iterator[tuple[str, str]
 
 
 def _is_loopback(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return any(address.is_loopback for address in _addresses(host))
 
 
 def _unused(config: Config) -> Iterator[Problem]:
@@ -73,6 +98,15 @@ def _open_senders(config: Config) -> Iterator[Problem]:
     names = ", ".join(without[:_NAMES]) + (f" and {len(without) - _NAMES} more" if len(without) > _NAMES else "")
     message = f"several tenants, and no `senders` at {names}: a wrong route sends one tenant's mail with another's credential"
     yield Problem(("upstreams",), message, "warning", at="key")
+
+
+def _too_late(config: Config) -> Iterator[Problem]:
+    """Fallbacks for which nothing is left to send."""
+    for place, route in enumerate(config.routes):
+        expire = (route.retry or config.retry).expire
+        if names := [item.upstream for item in route.fallback if item.after >= expire]:
+            message = f"mail expires before the fallback {names[0]} may be used: `after` must be less than `expire`"
+            yield Problem(("routes", place, "fallback"), message, "warning")
 
 
 def _unreachable(routes: tuple[Route, ...]) -> Iterator[Problem]:

@@ -19,7 +19,7 @@ from relay.config.findings import BROKEN, ConfigError, Finding, KeyPath, Problem
 from relay.config.model import Config
 from relay.config.scalars import resolve_scalar, surprise
 
-__all__ = ["ConfigError", "Finding", "examine", "find_config", "load", "spool_directory"]
+__all__ = ["ConfigError", "Finding", "examine", "find_config", "load", "places"]
 
 _Loader: Final[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SYSTEM_FILE: Final = Path("/etc/relay/config.yaml")
@@ -55,20 +55,21 @@ def load(path: str | Path, environ: Mapping[str, str] = os.environ) -> Config:
     return config
 
 
-def spool_directory(path: str | Path, environ: Mapping[str, str] = os.environ) -> Path:
-    """Where `path` says the spool is, whatever else is wrong in it: an operator's shell need not have the secrets of the service.
+def places(path: str | Path, environ: Mapping[str, str] = os.environ) -> machine.Places:
+    """The places that `path` names, whatever else is wrong in it: an operator's shell need not have the secrets of the service.
 
-    Raises ConfigError when the file cannot be read or its `spool` not be understood.
+    Raises ConfigError when the file cannot be read, or its `spool` or `control` not be understood.
     """
     try:
         document = _parse(str(path), _read(Path(path))[0])
     except _Unreadable as error:
         raise ConfigError([Finding(str(path), error.line, error.column, "", error.message)]) from None
-    if not document.complete or ("spool",) in document.broken:
+    if not document.complete or {(key,) for key in machine.Places._fields} & document.broken:
         raise ConfigError(document.findings)
-    value = {"hostname": "localhost"} | {key: document.value[key] for key in ("spool",) if key in document.value}
+    value = {"hostname": "localhost"} | {key: document.value[key] for key in machine.Places._fields if key in document.value}
     try:
-        return Config.model_validate(value, context={"environ": environ}).spool.directory
+        config = Config.model_validate(value, context={"environ": environ})
+        return machine.Places(config.spool.directory, config.control)
     except ValidationError as error:
         raise ConfigError(document.located(list(wording.problems(error, document.value)))) from None
 
@@ -97,6 +98,7 @@ def examine(path: str | Path, environ: Mapping[str, str] = os.environ, *, thorou
         if config is not None:
             problems += lint.improbable(config) if not problems else ()  # a mistyped name alone would give two more
             problems += lint.unguarded(config, exposed=readable)
+            problems += lint.circular(config)
             problems += _untrustworthy(config) if thorough else ()
         document.findings += document.located(problems)
     findings = sorted(dict.fromkeys(document.findings), key=lambda finding: (finding.line, finding.column))

@@ -7,6 +7,17 @@ import functools
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
+
+#: The control socket's name, in a directory of the machine's or the spool's.
+CONTROL = "control.sock"
+
+
+class Places(NamedTuple):
+    """Where a relay keeps its mail and hears its operator."""
+
+    spool: Path
+    control: Path
 
 
 @functools.cache
@@ -20,6 +31,12 @@ def default_directory(environ: Mapping[str, str]) -> Path:
     """Where the spool is when the file does not say."""
     # systemd gives several directories with colons between them; the first is the unit's own.
     return Path(environ.get("STATE_DIRECTORY", "").partition(":")[0] or "relay-data")
+
+
+def default_control(environ: Mapping[str, str], spool: Path) -> Path:
+    """Where the control socket is when the file does not say."""
+    runtime = environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+    return (Path(runtime) if runtime else spool) / CONTROL
 
 
 def certificate_file(path: Path) -> Path:

@@ -22,41 +22,44 @@ from pydantic import (
 )
 
 from relay.config import machine, values
+from relay.config.fields import (
+    Address,
+    ClientNetwork,
+    Condition,
+    Count,
+    Domain,
+    Duration,
+    HeaderFields,
+    HeaderName,
+    Host,
+    Name,
+    NonEmpty,
+    Permission,
+    Port,
+    Positive,
+    RecipientCondition,
+    Sequence,
+    Size,
+    SizeOrNone,
+    SourceNetwork,
+    Text,
+    listed,
+    null_or_list,
+    one_of,
+    one_or_list,
+)
 from relay.config.secrets import SECRET_SCHEMA, Secret, resolve
-from relay.config.values import Network
 
 PORTS: Final = {"starttls": 587, "tls": 465, "none": 25}
 LOOPBACK: Final = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
+_SOCKET_PATH_LIMIT: Final = 107  # unix(7): 108 bytes with the null byte that ends it
 _CREDENTIAL_LIMIT: Final = 255  # aiosmtplib and most servers end there; RFC 4616 sets the same bound
-
-
-def _listed(value: Any) -> Any:
-    """One value stands for a list of one."""
-    if isinstance(value, list):
-        return tuple(value)
-    return value if isinstance(value, tuple) or value is None else (value,)
-
-
-def _sequence(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _one_of(known: tuple[str, ...], *, pending: tuple[str, ...]) -> BeforeValidator:
-    """Refuse by name the choices that the contract has and the program does not."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, str) and value in pending:
-            raise ValueError(f"{value!r} is not available yet; use {' or '.join(repr(word) for word in known)}")
-        return value
-
-    return BeforeValidator(check)
 
 
 def _secret(value: Any, info: ValidationInfo) -> Secret:
     context: dict[str, Any] = info.context or {}
-    secret = resolve(values.as_written(value), context.get("environ", os.environ), base=context.get("base", Path()))
-    _check_credential(secret.reveal())
-    return secret
+    environ, base = context.get("environ", os.environ), context.get("base", Path())
+    return resolve(values.as_written(value), environ, base=base, check=_check_credential)
 
 
 def _check_credential(value: str) -> str:
@@ -83,6 +86,22 @@ def _spool_directory(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, Path):
         raise ValueError("must be the name of a directory")
     return value
+
+
+def _control_socket(value: Any, info: ValidationInfo) -> Any:
+    value = values.as_written(value)
+    spool: SpoolSettings | None = info.data.get("spool")
+    if value is None:
+        directory = spool.directory if spool is not None else Path()
+        path = machine.default_control((info.context or {}).get("environ", os.environ), directory)
+    elif isinstance(value, Path) or (isinstance(value, str) and value):
+        path = Path(value).expanduser()
+    else:
+        raise ValueError("must be the path of a socket")
+    if (length := len(os.fsencode(path))) > _SOCKET_PATH_LIMIT:
+        shorter = "name a shorter path" if value is not None else "name a shorter path with `control`"
+        raise ValueError(f"the control socket {path} has {length} bytes, a socket's path at most {_SOCKET_PATH_LIMIT}: {shorter}")
+    return path
 
 
 def _null_sender(value: str) -> str:
@@ -113,7 +132,7 @@ def _from_rewrite(value: Any) -> Any:
 
 
 def _fallbacks(value: Any) -> Any:
-    value = _listed(value)
+    value = listed(value)
     if isinstance(value, tuple):
         return tuple({"upstream": item} if isinstance(item, str | values.Whole | values.Decimal) else item for item in value)
     return value
@@ -124,54 +143,7 @@ def _named_routes(value: "tuple[Route, ...]") -> "tuple[Route, ...]":
     return tuple(route if route.name else route.model_copy(update={"name": f"routes[{place}]"}) for place, route in enumerate(value))
 
 
-Text = Annotated[str, BeforeValidator(values.as_written), AfterValidator(values.parse_text)]
-Name = Annotated[Text, AfterValidator(values.parse_name)]
-Address = Annotated[Text, AfterValidator(values.parse_address)]
-Host = Annotated[Text, AfterValidator(values.parse_host)]
-Domain = Annotated[Text, AfterValidator(values.parse_domain)]
-HeaderName = Annotated[Text, AfterValidator(values.parse_header_name)]
-HeaderFields = Annotated[
-    dict[Annotated[Text, AfterValidator(values.parse_settable_header_name)], Text],
-    BeforeValidator(lambda value: {} if value is None else value, json_schema_input_type=dict[str, str] | None),
-    AfterValidator(values.unique_header_names),
-]
-Duration = Annotated[
-    float,
-    BeforeValidator(
-        values.parse_duration,
-        json_schema_input_type=Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)? ?(ms|s|m|h|d)$", examples=["30s", "5m", "2h"])],
-    ),
-]
-Positive = Annotated[Duration, Field(gt=0)]
-Size = Annotated[
-    int,
-    BeforeValidator(
-        values.parse_size,
-        json_schema_input_type=Annotated[int, Field(ge=1)]
-        | Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)? ?([kKMGT]i?)?B$", examples=["50MB", "50MiB"])],
-    ),
-    Field(ge=1),
-]
-Count = Annotated[int, Field(ge=1)]
-Port = Annotated[int, Field(ge=1, le=65535)]
-Sequence = BeforeValidator(_sequence)
-
-
-def _one_or_list(item: Any) -> BeforeValidator:
-    return BeforeValidator(_listed, json_schema_input_type=item | Annotated[list[item], Field(min_length=1)])
-
-
-def _null_or_list(item: Any) -> BeforeValidator:
-    return BeforeValidator(lambda value: () if value is None else _listed(value), json_schema_input_type=item | list[item] | None)
-
-
 _SecretInput = Annotated[Any, WithJsonSchema(SECRET_SCHEMA)]
-_Condition = Annotated[Text, AfterValidator(values.parse_condition)]
-_RecipientCondition = Annotated[Text, AfterValidator(values.parse_recipient_condition)]
-_Permission = Annotated[Text, AfterValidator(values.parse_permission)]
-_Network = Annotated[Network, BeforeValidator(values.parse_network)]
-_ClientNetwork = Annotated[Network, BeforeValidator(values.parse_client_network)]
-_NonEmpty = Field(min_length=1)
 
 
 class _Section(BaseModel):
@@ -185,17 +157,17 @@ class Listener(_Section):
 
     bind: Annotated[Text, AfterValidator(values.parse_bind)] = Field(default="127.0.0.1:2525", description='host:port or "[v6]:port"')
     name: Name = Field(default_factory=lambda data: data.get("bind", ""), description="what a route's `listener` says; default: the bind")
-    networks: Annotated[tuple[_ClientNetwork, ...], _one_or_list(str), _NonEmpty] = Field(
+    networks: Annotated[tuple[ClientNetwork, ...], one_or_list(str), NonEmpty] = Field(
         default=LOOPBACK, description="who may connect; default: loopback"
     )
     message_size: Size = Field(default=50_000_000, description="the largest message")
     recipients: Count = Field(default=1000, description="per message")
     connections: Count = Field(default=1000, description="at once")
-    newlines: Annotated[Literal["normalize"], _one_of(("normalize",), pending=("reject", "legacy"))] = Field(
+    newlines: Annotated[Literal["normalize"], one_of(("normalize",), pending=("reject", "legacy"))] = Field(
         default="normalize", description="what happens to a bare CR or LF"
     )
-    security: Annotated[Literal["none"], _one_of(("none",), pending=("starttls", "tls"))] = "none"
-    auth: Annotated[Literal["none"], _one_of(("none",), pending=("optional", "required"))] = "none"
+    security: Annotated[Literal["none"], one_of(("none",), pending=("starttls", "tls"))] = "none"
+    auth: Annotated[Literal["none"], one_of(("none",), pending=("optional", "required"))] = "none"
 
     @property
     def host(self) -> str:
@@ -227,9 +199,7 @@ class Upstream(_Section):
     """A next hop with its credential and limits."""
 
     description: Text = ""
-    host: Annotated[tuple[Host, ...], _one_or_list(str), _NonEmpty] = Field(
-        description="address records, never MX; a list is tried in order"
-    )
+    host: Annotated[tuple[Host, ...], one_or_list(str), NonEmpty] = Field(description="address records, never MX; a list is tried in order")
     security: Literal["starttls", "tls", "none"] = Field(default="starttls", description="never downgraded")
     port: Port = Field(
         default_factory=lambda data: PORTS[data.get("security", "starttls")], description="default by security: 587, 465, 25"
@@ -242,9 +212,9 @@ class Upstream(_Section):
     password: Annotated[Secret, BeforeValidator(_secret, json_schema_input_type=_SecretInput)] | None = None
     auth: Annotated[
         Literal["auto", "plain", "login", "cram-md5", "none"],
-        _one_of(("auto", "plain", "login", "cram-md5", "none"), pending=("xoauth2",)),
+        one_of(("auto", "plain", "login", "cram-md5", "none"), pending=("xoauth2",)),
     ] = Field(default="auto", description="auto: the first offered of plain, login, cram-md5")
-    senders: Annotated[tuple[_Permission, ...], _one_or_list(str), _NonEmpty] = Field(
+    senders: Annotated[tuple[Permission, ...], one_or_list(str), NonEmpty] = Field(
         default=(), description="the domains and addresses this credential may ever send for; default: any"
     )
     source_address: Annotated[Text, AfterValidator(values.parse_ip)] | None = None
@@ -282,7 +252,7 @@ class Rewrite(_Section):
     envelope_sender: Address | None = Field(default=None, description="never applied to a null sender")
     set_headers: HeaderFields = Field(default_factory=dict, description="replace or add")
     add_headers: HeaderFields = Field(default_factory=dict)
-    remove_headers: Annotated[tuple[HeaderName, ...], _null_or_list(str)] = ()
+    remove_headers: Annotated[tuple[HeaderName, ...], null_or_list(str)] = ()
     subject_prefix: Text | None = None
     bcc: Address | None = Field(default=None, description="one more recipient, once per message")
 
@@ -294,27 +264,8 @@ class Fallback(_Section):
     """The next upstream of a route, when the one before cannot be used."""
 
     upstream: Text
+    after: Duration = Field(default=0.0, description="how long the route's own upstream must have been failing")
     rewrite: Rewrite | None = Field(default=None, description="laid over the route's rewrite key by key; null unsets one")
-
-
-class Route(_Section):
-    """A rule: conditions that must all hold, and where the message then goes. In a list of values any one may hold."""
-
-    name: Name = Field(default="", description="default: its place, such as routes[0]")
-    sender: Annotated[tuple[_Condition, ...], _one_or_list(str), _NonEmpty] = Field(
-        default=("*",), description='example.com, "*.example.com", user@example.com, "<>" or "*"'
-    )
-    recipient: Annotated[tuple[_RecipientCondition, ...], _one_or_list(str), _NonEmpty] = Field(
-        default=(), description='example.com, "*.example.com", user@example.com or "*"'
-    )
-    client: Annotated[tuple[_Network, ...], _one_or_list(str), _NonEmpty] = Field(default=(), description="addresses and networks of apps")
-    listener: Annotated[tuple[Text, ...], _one_or_list(str), _NonEmpty] = Field(default=(), description="names of listeners")
-    upstream: Text | None = None
-    reject: Annotated[Text, AfterValidator(_reject_text)] | None = Field(default=None, description="refuse with this text: 550 5.7.1")
-    fallback: Annotated[tuple[Fallback, ...], BeforeValidator(_fallbacks, json_schema_input_type=str | Fallback | list[str | Fallback])] = (
-        Field(default=(), description="a name, a list of names, or a list of {upstream: …, rewrite: …}")
-    )
-    rewrite: Rewrite | None = None
 
 
 class Retry(_Section):
@@ -323,12 +274,41 @@ class Retry(_Section):
     first: Positive = Field(default=60.0, description="before the second attempt")
     max: Positive = Field(default=3600.0, description="at most between two attempts")
     expire: Positive = Field(default=345_600.0, description="after this the message bounces")
+    warn_after: Positive | None = Field(default=None, description="after this the sender is told that it still waits; default: never")
 
     @model_validator(mode="after")
     def _ascends(self) -> Self:
         if not self.first <= self.max <= self.expire:
             raise ValueError("must ascend: first, max, expire")
+        if self.warn_after is not None and self.warn_after >= self.expire:
+            raise ValueError("warn_after must come before expire, when the message bounces")
         return self
+
+
+class Route(_Section):
+    """A rule: conditions that must all hold, and where the message then goes. In a list of values any one may hold."""
+
+    name: Name = Field(default="", description="default: its place, such as routes[0]")
+    sender: Annotated[tuple[Condition, ...], one_or_list(str), NonEmpty] = Field(
+        default=("*",), description='example.com, "*.example.com", user@example.com, "<>" or "*"'
+    )
+    recipient: Annotated[tuple[RecipientCondition, ...], one_or_list(str), NonEmpty] = Field(
+        default=(), description='example.com, "*.example.com", user@example.com or "*"'
+    )
+    client: Annotated[tuple[SourceNetwork, ...], one_or_list(str), NonEmpty] = Field(
+        default=(), description="addresses and networks of apps"
+    )
+    listener: Annotated[tuple[Text, ...], one_or_list(str), NonEmpty] = Field(default=(), description="names of listeners")
+    upstream: Text | None = None
+    reject: Annotated[Text, AfterValidator(_reject_text)] | None = Field(default=None, description="refuse with this text: 550 5.7.1")
+    fallback: Annotated[tuple[Fallback, ...], BeforeValidator(_fallbacks, json_schema_input_type=str | Fallback | list[str | Fallback])] = (
+        Field(default=(), description="a name, a list of names, or a list of {upstream: …, rewrite: …}")
+    )
+    rewrite: Rewrite | None = None
+    retry: Retry | None = Field(default=None, description="its own, instead of the file's")
+    wait: Annotated[Duration, AfterValidator(values.bounded_wait)] = Field(
+        default=0.0, description="hold the reply to DATA for the upstream's own verdict, at most so long; default: never"
+    )
 
 
 class SpoolSettings(_Section):
@@ -337,6 +317,8 @@ class SpoolSettings(_Section):
     directory: Annotated[Path, BeforeValidator(_spool_directory, json_schema_input_type=str)] = Field(
         default=None, validate_default=True, description="default: $STATE_DIRECTORY, else ./relay-data"
     )
+    max_size: Size | None = Field(default=None, description="of all waiting mail together; default: as much as fits")
+    min_free: SizeOrNone = Field(default=100_000_000, description="with less free on its disk no mail is taken; 0: never mind")
     keep_log: Duration = Field(default=2_592_000.0, description="how long the delivery log keeps a line")
 
 
@@ -355,16 +337,21 @@ class Config(_Section):
         default_factory=lambda data: data.get("hostname"),
         description="completes bare addresses; default: hostname; null refuses them",
     )
-    aliases: dict[Annotated[Text, AfterValidator(values.parse_alias)], Annotated[tuple[Address, ...], _one_or_list(str), _NonEmpty]] = (
-        Field(default_factory=dict, description="recipients that stand for others, after completion")
+    aliases: dict[Annotated[Text, AfterValidator(values.parse_alias)], Annotated[tuple[Address, ...], one_or_list(str), NonEmpty]] = Field(
+        default_factory=dict, description="recipients that stand for others, after completion"
     )
-    listeners: Annotated[tuple[Listener, ...], Sequence, _NonEmpty] = (Listener(),)
+    listeners: Annotated[tuple[Listener, ...], Sequence, NonEmpty] = (Listener(),)
     upstreams: dict[Annotated[Text, AfterValidator(values.parse_upstream_name)], Upstream] = Field(default_factory=dict)
     routes: Annotated[tuple[Route, ...], Sequence, AfterValidator(_named_routes)] = Field(
         default=(), description="the first match wins; without a match a sender is refused"
     )
     retry: Retry = Retry()
     spool: SpoolSettings = Field(default_factory=_no_keys, validate_default=True)
+    control: Annotated[Path, BeforeValidator(_control_socket, json_schema_input_type=str)] = Field(
+        default=None,
+        validate_default=True,
+        description="the socket of the operator's commands; default: in $RUNTIME_DIRECTORY, else in the spool's directory",
+    )
     shutdown_timeout: Duration = 20.0
     log: LogSettings = LogSettings()
 

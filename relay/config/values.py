@@ -55,6 +55,13 @@ def parse_duration(value: Any) -> float:
     return float(match[1]) * _DURATION_UNITS[match[2]]
 
 
+def bounded_wait(seconds: float) -> float:
+    """So long a client may be held: it waits ten minutes for this reply (RFC 5321 section 4.5.3.2.6), an application often one."""
+    if seconds > 60:
+        raise ValueError("must be at most 60s")
+    return seconds
+
+
 def parse_size(value: Any) -> int:
     """Octets from `50MB` (10^6), `50MiB` (2^20) or a whole number."""
     if isinstance(value, int) and not isinstance(value, bool):

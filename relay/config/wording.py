@@ -28,21 +28,19 @@ _SECTIONS: Final[dict[KeyPath, type[BaseModel]]] = {
     ("routes", _ANY, "fallback", "rewrite", "from"): model.FromRewrite,
     ("routes", _ANY, "fallback", _ANY, "rewrite"): model.Rewrite,
     ("routes", _ANY, "fallback", _ANY, "rewrite", "from"): model.FromRewrite,
+    ("routes", _ANY, "retry"): model.Retry,
     ("retry",): model.Retry,
     ("spool",): model.SpoolSettings,
     ("log",): model.LogSettings,
 }
 _LISTENER_KEYS_TO_COME: Final = "certificate key require_tls minimum_tls auth_exempt auth_without_tls proxy_protocol connections_per_client"
 _YET_TO_COME: Final[dict[KeyPath, str]] = {
-    (): "users dkim soft_bounce control admin include tenants tests secrets",
+    (): "users dkim soft_bounce admin include tenants tests secrets",
     ("listeners", _ANY): _LISTENER_KEYS_TO_COME,
     ("upstreams", _ANY): "provider oauth2 client_certificate client_key probe",
     ("upstreams", _ANY, "limits"): "rate recipient_rate",
-    ("routes", _ANY): "header user wait verified_only redirect discard retry soft_bounce",
-    ("routes", _ANY, "fallback"): "after",
-    ("routes", _ANY, "fallback", _ANY): "after",
-    ("retry",): "warn_after",
-    ("spool",): "postgresql node max_size min_free ephemeral",
+    ("routes", _ANY): "header user verified_only redirect discard soft_bounce",
+    ("spool",): "postgresql node ephemeral",
     ("log",): "addresses subjects",
 }
 _TYPES: Final = {

@@ -7,7 +7,7 @@ async with running(tmp_path, upstreams={"acme": to(server)}, routes=[…]) as re
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ ROUTES: list[dict[str, Any]] = [
 ]
 #: Quick, and yet so that nothing on a slow machine is tried twice before a test has looked at it.
 RETRY = {"first": "50ms", "max": "100ms", "expire": "1h"}
+TOLD = ("sent", "deferred", "failed")
 SECRET = "not-to-be-seen-anywhere"
 
 
@@ -41,7 +42,8 @@ def to(server: ScriptedUpstream, **keys: Any) -> dict[str, Any]:
 class Running:
     """A relay that takes mail."""
 
-    def __init__(self, directory: Path, journal: Journal, log: Path, address: str) -> None:
+    def __init__(self, directory: Path, journal: Journal, log: Path, address: str, stop: Callable[[], None]) -> None:
+        self.stop = stop
         self._directory = directory
         self._journal = journal
         self._log = log
@@ -94,11 +96,11 @@ class Running:
     async def empty(self) -> None:
         """Wait until nothing is queued, and the log has told of every result: an outcome is stored first and told then."""
         await eventually(lambda: not self.queue(), "an empty queue")
-        await eventually(lambda: self._told() == len([e for e in self.results() if e.reply != "not tried"]), "all results in the log")
+        await eventually(lambda: self._told() == sum(entry.status in TOLD for entry in self.results()), "all results in the log")
 
     def _told(self) -> int:
         """How many results the log has: one for each recipient of an event."""
-        results = [e for e in self.events("sent", "deferred", "failed") if e["status"] != "failed, nobody told"]
+        results = [e for e in self.events(*TOLD) if e["status"] != "failed, nobody told"]
         return sum(len(event["recipients"].split(",")) for event in results)
 
 
@@ -108,9 +110,10 @@ async def running(
     *,
     upstreams: Mapping[str, Mapping[str, Any]],
     routes: Sequence[Mapping[str, Any]] = ROUTES,
+    faults: bool = False,
     **more: Any,
 ) -> AsyncIterator[Running]:
-    """Start a relay, and stop it as SIGTERM would. At its end no fault and no secret may be in the log."""
+    """Start a relay, and stop it as SIGTERM would. At its end no fault, unless `faults`, and no secret may be in the log."""
     spool, log = directory / "spool", directory / "relay.log"
     config = Config.model_validate(
         {
@@ -132,7 +135,7 @@ async def running(
         await asyncio.wait({service, ready}, return_when=asyncio.FIRST_COMPLETED)
         if service.done():
             service.result()
-        built = Running(spool, journal, log, ready.result()[0])
+        built = Running(spool, journal, log, ready.result()[0], lambda: relay.stop("the test says so"))
         yield built
     except BaseException as error:
         error.add_note(f"-- {log} --\n{log.read_text()[-8000:]}")
@@ -144,4 +147,4 @@ async def running(
         os.close(descriptor)
     text = log.read_text()
     assert SECRET not in text
-    assert '"event": "fault"' not in text, text[-8000:]
+    assert faults or '"event": "fault"' not in text, text[-8000:]

@@ -46,10 +46,11 @@ def claim_of(
     attempt: int = 1,
     prefix: bytes = PREFIX,
     origin: Origin = NO_ORIGIN,
+    id: str = "00000000000A1",
 ) -> Claim:
     named = tuple(Recipient(r) if isinstance(r, str) else r for r in recipients or ("you@example.org",))
     kept = Content(len(content), content, eight_bit=not content.isascii()) if isinstance(content, bytes) else content
-    return Claim(MessageId("00000000000A1"), 7, lane, Envelope(sender, named), kept, created, attempt, created + 900, prefix, origin)
+    return Claim(MessageId(id), 7, lane, Envelope(sender, named), kept, created, attempt, created + 900, prefix, origin)
 
 
 class Handed(NamedTuple):

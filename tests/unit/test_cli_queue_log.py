@@ -1,4 +1,4 @@
-"""`relay queue list` and `relay log`: for a person and for a script, with and without a configuration that can be used."""
+"""`relay queue list`, `queue show`, `log` and `trace`: for a person and for a script, with and without a configuration that can be used."""
 
 import json
 import os
@@ -21,6 +21,7 @@ from relay.mail.reply import Reply
 from relay.spool.base import Claim, Content, Draft, Lane, Next, Settlement
 from relay.spool.sqlite import SqliteSpool
 from tests.support.eventually import eventually
+from tests.support.terminal import terminal
 
 ROOT = Path(__file__).resolve().parents[2]
 SENT = outcome_of_reply(Phase.FINAL, Reply(250, "2.0.0", "Ok: taken"))
@@ -131,7 +132,7 @@ def test_the_log_is_a_table_oldest_first(run: Run) -> None:
 
 def test_the_log_as_json_has_what_the_table_has_no_room_for(run: Run) -> None:
     (entry,) = map(json.loads, run("log", "--json", "--state", "sent")[1].splitlines())
-    assert " ".join(entry) == "time id status route upstream sender recipient attempt delay size reply created to cc subject"
+    assert " ".join(entry) == "time id status route upstream sender recipient attempt delay size reply created to cc subject report"
     assert (entry["to"], entry["subject"], entry["delay"]) == ("Änne <a@x.example>", "Grüße", 0.0)
 
 
@@ -251,3 +252,145 @@ def test_a_table_grows_from_page_to_page_and_has_one_header() -> None:
     assert lines[1] == "  0  x"
     assert lines[-1] == "1000  y"
     assert len(lines) == 203
+
+
+# -- queue show and trace ------------------------------------------------------------------------------------------------------
+
+
+def id_of(run: Run, state: str) -> str:
+    return str(json.loads(run("queue", "list", "--json", "--state", state)[1].splitlines()[0])["id"])
+
+
+def test_one_message_is_shown_with_all_that_is_known_of_it(run: Run) -> None:
+    id = id_of(run, "deferred")
+    code, out, _ = run("queue", "show", id.lower())
+    rows = [tuple(re.split(r"\s{2,}", line, maxsplit=1)) for line in out.splitlines()]
+    assert code == 0
+    assert rows[0] == ("id", id)
+    assert rows[1] == ("state", "deferred: to be tried in 22 h at acme")
+    assert rows[2][1].endswith("Z, 2 h ago")
+    assert rows[3:] == [
+        ("came", "from relay itself"),
+        ("sender", "app@acme.example"),
+        ("recipients", "late@x.example"),
+        ("To", "Änne <a@x.example>"),
+        ("Subject", "Grüße"),
+        ("size", "4.1 kB"),
+        ("route", "billing"),
+        ("upstream", "acme"),
+        ("attempts", "1"),
+        ("last reply", "450 4.2.1 mailbox busy"),
+    ]
+
+
+def test_one_message_as_json_has_more_than_the_list(run: Run) -> None:
+    message = json.loads(run("queue", "show", "--json", id_of(run, "held"))[1])
+    assert (message["state"], message["held"], message["subject"]) == ("held", "no route takes its sender any more", "Grüße")
+    assert message["due"].endswith("Z"), "when it is given up"
+    assert (message["client"], message["notify"], message["in_doubt_recipients"]) == ("", {}, [])
+
+
+async def stored(directory: Path, *, content: bytes) -> str:
+    filler = Filler(directory, time.time())
+    recipients = (Recipient("a@x.example", in_doubt=True), Recipient("b@x.example", notify="FAILURE"))
+    origin = Origin("local", "10.1.2.3", "erp", "S1", "app@acme.example")
+    draft = Draft(
+        filler.spool.new_id(), Lane("acme", "billing"), Envelope("app@acme.example", recipients), Content(len(content), content),
+        filler.clock.now(), b"Received: by relay\r\n", origin,
+    )  # fmt: skip
+    await filler.spool.put([draft], [False])
+    await filler.spool.close()
+    return draft.id
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["in a row", "in a file"])
+async def test_header_and_content_are_printed_as_they_are_stored(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes], large: bool
+) -> None:
+    body = b"h\xc3\xa4llo \x1b[2J\r\n.\r\n" + (b"x" * 70 + b"\r\n") * (40_000 if large else 1)
+    id = await stored(tmp_path, content=b"Subject: \xff hi\r\n\r\n" + body)
+    assert main(["queue", "show", id, "--headers", "--spool", str(tmp_path)]) == 0
+    assert capfdbinary.readouterr().out == b"Received: by relay\r\nSubject: \xff hi\r\n"
+    assert main(["queue", "show", id, "--content", "--spool", str(tmp_path)]) == 0
+    assert capfdbinary.readouterr().out == b"Received: by relay\r\nSubject: \xff hi\r\n\r\n" + body
+
+
+async def test_a_terminal_gets_nothing_that_would_command_it(tmp_path: Path) -> None:
+    id = await stored(tmp_path, content=b"Subject: \x1b]0;owned\x07\r\n\r\nh\xc3\xa4llo\x1b[2J\tyou\r\n")
+    printed, code = await terminal(["queue", "show", id, "--content", "--spool", str(tmp_path)])
+    assert code == 0
+    assert "\x1b" not in printed
+    assert "\x07" not in printed
+    assert "Subject:  ]0;owned" in printed
+    assert "hällo [2J you" in printed
+
+
+async def test_what_is_special_about_a_recipient_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    id = await stored(tmp_path, content=b"Subject: hi\r\n\r\n")
+    assert main(["queue", "show", id, "--spool", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "came          from 10.1.2.3 as user erp at listener local in session S1\n" in out
+    assert "sender        app@acme.example (header From: app@acme.example)\n" in out
+    assert "recipients    a@x.example (in doubt: the upstream may have it)\n" in out
+    assert "              b@x.example (NOTIFY=FAILURE)\n" in out
+    assert main(["trace", id, "--spool", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith(
+        "from app@acme.example to a@x.example, b@x.example\n\nqueued for a@x.example, b@x.example\n"
+        "due: to be tried now at acme\nin doubt: an upstream may have it already, so it goes to the same one again\n"
+    )
+
+
+async def test_content_that_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    id = await stored(tmp_path, content=b"Subject: hi\r\n\r\n" + b"x" * 300_000)
+    (tmp_path / "content" / id).unlink()
+    assert main(["queue", "show", id, "--content", "--spool", str(tmp_path)]) == 75
+    assert capsys.readouterr().err == "relay queue: the content cannot be read: No such file or directory\n"
+    assert main(["queue", "show", id, "--spool", str(tmp_path)]) == 0
+
+
+def test_a_message_that_is_not_queued_is_not_shown_but_traced(run: Run) -> None:
+    id = json.loads(run("log", "--json", "--state", "sent")[1])["id"]
+    words = f"relay queue: {id} is not in the queue; `relay trace {id}` says what became of it\n"
+    assert run("queue", "show", id) == (1, "", words)
+    code, out, _ = run("trace", id)
+    first, second, subject, _, header, row, _, end = out.splitlines()
+    assert code == 0
+    assert re.fullmatch(rf"{id}, 5 B, accepted \S+Z", first)
+    assert (second, subject, end) == (
+        "from app@acme.example to fine@y.example",
+        "Subject: Grüße",
+        "no longer queued: every recipient has its result",
+    )
+    assert header.split() == ["TIME", "WHAT", "TRY", "DELAY", "ROUTE", "UPSTREAM", "RECIPIENT", "REPLY"]
+    assert re.split(r"\s{2,}", row)[1:] == ["sent", "1", "0.0 s", "billing", "acme", "fine@y.example", "250 2.0.0 Ok: taken"]
+
+
+def test_of_a_message_that_nobody_knows_nothing_is_told(run: Run) -> None:
+    assert run("trace", "1") == (1, "", "relay trace: nothing is known of 0000000000001: it is not queued, nor in the delivery log\n")
+
+
+async def test_the_report_about_a_message_is_part_of_its_story(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    filler = Filler(tmp_path, time.time())
+    claim = await filler.put("app@acme.example", "gone@x.example")
+    assert claim is not None
+    refused = outcome_of_reply(Phase.RCPT, Reply(550, "5.1.1", "no such user"))
+    report = Draft(
+        filler.spool.new_id(),
+        Lane("acme", "billing"),
+        Envelope("", (Recipient("app@acme.example"),)),
+        Content(6, b"report"),
+        filler.clock.now(),
+    )
+    await filler.spool.settle(Settlement(claim, {"gone@x.example": refused}, None, report))
+    assert main(["trace", claim.id, "--spool", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"report {report.id} to the sender: due: to be tried now at acme"
+    (taken,) = await filler.spool.claim(Lane("acme", "billing"), 1)
+    await filler.end(taken, Status.SENT)
+    await filler.spool.close()
+    assert main(["trace", claim.id, "--json", "--spool", str(tmp_path)]) == 0
+    story = json.loads(capsys.readouterr().out)
+    assert " ".join(story) == "id queued log reports"
+    assert [(each["status"], each["report"]) for each in story["log"]] == [("failed", report.id)]
+    assert [(each["id"], each["queued"], each["log"][0]["status"]) for each in story["reports"]] == [(report.id, None, "sent")]
+    assert main(["trace", claim.id, "--spool", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"report {report.id} to the sender: sent: 250 2.0.0 Ok: taken"

@@ -47,6 +47,18 @@ def test_a_route_behind_a_wider_one_is_unreachable(first: dict[str, Any], second
 
 
 @pytest.mark.parametrize(
+    ("after", "retry", "warned"),
+    [("4d", None, True), ("3d", None, False), ("1h", {"expire": "1h"}, True), ("5d", {"expire": "6d"}, False)],
+)
+def test_a_fallback_that_comes_when_mail_has_expired_is_warned_of(after: str, retry: dict[str, Any] | None, warned: bool) -> None:
+    upstreams = {name: {"host": f"smtp.{name}.example"} for name in ("a", "b")}
+    route = {"upstream": "a", "fallback": {"upstream": "b", "after": after}, **({"retry": retry} if retry else {})}
+    built = Config.model_validate({"hostname": "relay.example.net", "upstreams": upstreams, "routes": [route]})
+    found = [problem.path for problem in lint.improbable(built) if "expires before the fallback b" in problem.message]
+    assert found == ([("routes", 0, "fallback")] if warned else [])
+
+
+@pytest.mark.parametrize(
     ("first", "second"),
     [
         ({"sender": "*.a.example"}, {"sender": "a.example"}),
@@ -131,3 +143,38 @@ def test_what_strangers_can_read_is_a_warning(keys: dict[str, Any], exposed: boo
     found = list(lint.unguarded(config([{"upstream": "acme"}], acme=keys), exposed=exposed))
     assert [problem.path for problem in found] == [("upstreams", "acme", key) for key in where]
     assert all(problem.severity == "warning" for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("bind", "host", "port", "circular"),
+    [
+        ("127.0.0.1:2525", "127.0.0.1", 2525, True),
+        ("127.0.0.1:2525", "127.0.0.1", 2526, False),
+        ("127.0.0.1:2525", "127.0.0.2", 2525, False),
+        ("127.0.0.1:2525", "localhost", 2525, True),
+        ("127.0.0.1:2525", "mail.localhost", 2525, True),
+        ("127.0.0.1:2525", "::1", 2525, False),
+        ("[::1]:2525", "localhost", 2525, True),
+        ("[::1]:2525", "0:0::1", 2525, True),
+        ("localhost:2525", "127.0.0.1", 2525, True),
+        ("0.0.0.0:2525", "127.0.0.7", 2525, True),
+        ("0.0.0.0:2525", "::1", 2525, False),
+        ("0.0.0.0:2525", "192.0.2.1", 2525, False),
+        ("192.0.2.1:2525", "192.0.2.1", 2525, True),
+        ("192.0.2.1:2525", "127.0.0.1", 2525, False),
+        ("[::]:2525", "localhost", 2525, True),
+        ("0.0.0.0:2525", "smtp.acme.example", 2525, False),
+        ("mail.example.net:2525", "mail.example.net", 2525, False),
+    ],
+)
+def test_an_upstream_that_is_a_listener_of_ours_is_an_error(bind: str, host: str, port: int, circular: bool) -> None:
+    setup = Config.model_validate(
+        {
+            "hostname": "relay.example.net",
+            "listeners": [{"bind": "127.0.0.1:1"}, {"bind": bind}],
+            "upstreams": {"house": {"host": ["smtp.house.example", host], "port": port}},
+            "routes": [{"upstream": "house"}],
+        }
+    )
+    found = [(problem.path, problem.severity) for problem in lint.circular(setup)]
+    assert found == ([(("upstreams", "house", "host"), "error")] if circular else [])

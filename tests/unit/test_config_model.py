@@ -49,7 +49,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     )
     assert acme.limits.model_dump() == {"connections": 5, "recipients": 100, "messages_per_connection": 100}
     assert acme.timeouts.model_dump() == {"connect": 30, "command": 60, "data": 60, "final": 600}
-    assert config.retry.model_dump() == {"first": 60, "max": 3600, "expire": 4 * 86400}
+    assert config.retry.model_dump() == {"first": 60, "max": 3600, "expire": 4 * 86400, "warn_after": None}
     assert (config.spool.keep_log, config.shutdown_timeout) == (30 * 86400, 20)
     assert (config.log.format, config.log.level) == ("text", "info")
 
@@ -72,6 +72,27 @@ def test_the_hostname_is_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("socket.gethostname", lambda name=short: name)
         assert Config().hostname == Config().domain == expected
     machine.default_hostname.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("keys", "environ", "expected"),
+    [
+        ({}, {}, "relay-data/control.sock"),
+        ({}, {"STATE_DIRECTORY": "/var/lib/relay"}, "/var/lib/relay/control.sock"),
+        ({}, {"STATE_DIRECTORY": "/var/lib/relay", "RUNTIME_DIRECTORY": "/run/relay:/run/other"}, "/run/relay/control.sock"),
+        ({"spool": {"directory": "/srv/spool"}}, {}, "/srv/spool/control.sock"),
+        ({"spool": {"directory": "/srv/spool"}, "control": "/run/c"}, {"RUNTIME_DIRECTORY": "/run/relay"}, "/run/c"),
+        ({"control": "/" + "x" * 106}, {}, "/" + "x" * 106),
+    ],
+)
+def test_the_control_socket_has_a_place(keys: dict[str, Any], environ: dict[str, str], expected: str) -> None:
+    assert Config.model_validate({"hostname": "h.example", **keys}, context={"environ": environ}).control == Path(expected)
+
+
+@pytest.mark.parametrize("path", ["/" + "x" * 107, "/" + "é" * 53 + "x"])
+def test_a_path_that_no_socket_can_have_is_refused_in_octets(path: str) -> None:
+    with pytest.raises(ValidationError, match="has 108 bytes, a socket's path at most 107"):
+        Config(hostname="h.example", control=Path(path))
 
 
 def test_one_value_stands_for_a_list() -> None:

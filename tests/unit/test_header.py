@@ -10,6 +10,7 @@ from relay.mail.header import (
     decode,
     fields,
     from_address,
+    ids_by,
     is_field_name,
     join,
     mailbox,
@@ -88,6 +89,24 @@ def test_our_own_received_fields_are_counted_by_whole_names() -> None:
     assert traces_of(found, "relay.example.net") == 1
     assert traces_of(found, "example.net") == 0
     assert traces_of(found, "relay.example") == 0
+
+
+def test_the_ids_in_our_own_received_fields_are_found() -> None:
+    fields = [
+        b"from app by relay.example.net with ESMTP id 0123456789ABC; now",
+        b"from app ([127.0.0.1])\r\n\tby relay.example.net with ESMTP id 0123456789abd\r\n\tfor <a@b.c>;\r\n\tnow",
+        b"by RELAY.example.net id 0123456789ABE; now",
+        b"by relay.example.net (a comment) with X id 0123456789ABF for x; now",
+        b"from x by other.example.net id 1123456789ABC; now",
+        b"from relay.example.net by other.example.net id 2123456789ABC; now",
+        b"by relay.example.net; id 3123456789ABC",
+        b"by relay.example.net with ESMTP id 4; now",
+        b"by relay.example.net with ESMTP id 512345678901234567; now",
+        b"by relay.example.net",
+    ]
+    found = scan(b"".join(b"Received: " + field + b"\r\n" for field in fields))
+    assert ids_by(found, "relay.example.net") == ["0123456789ABC", "0123456789ABD", "0123456789ABE", "0123456789ABF"]
+    assert traces_of(found, "relay.example.net") == 8
 
 
 def test_a_summary_is_decoded_short_and_printable() -> None:

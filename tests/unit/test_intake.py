@@ -47,7 +47,8 @@ def begin(front: Front, sender: str = "app@acme.example", *recipients: str, name
 
 
 async def accept(front: Front, transaction: Transaction, octets: bytes = MESSAGE) -> Reply:
-    return await front.intake.accept(transaction, Content(len(octets), octets), octets)
+    reply = await front.intake.accept(transaction, Content(len(octets), octets), octets)
+    return await front.intake.verdict(transaction.wait) if transaction.wait is not None else reply
 
 
 async def prefix(front: Front, octets: bytes = MESSAGE, *recipients: str, **more: Any) -> bytes:
@@ -520,3 +521,214 @@ async def test_odd_addresses_pass_unharmed(front_of: FrontOf, address: str) -> N
     assert (message.sender, message.recipients) == (address, (address,))
     assert f"for <{address}>;\r\n".encode() in message.prefix
     assert front.events("accepted")[0]["sender"] == address
+
+
+# -- the upstream's own verdict ---------------------------------------------------------------------------------------------------
+
+HELD = [{"name": "acme", "sender": "acme.example", "upstream": "acme", "wait": "60s"}]
+
+
+async def verdict(front: Front, said: Reply, *recipients: str) -> Reply:
+    """The reply to a client that waits, when the upstream has said this to the whole message."""
+    accepting = asyncio.ensure_future(accept(front, begin(front, "app@acme.example", *(recipients or ("you@x.example",)))))
+    await eventually(lambda: front.dispatch.started, "the message to go on")
+    claims = front.dispatch.started
+    wait = front.waits.of(claims[0].id)
+    assert wait is not None
+    async with asyncio.timeout(5):
+        if said.positive:
+            for claim in claims:
+                wait.sent(claim.id, said)
+        else:
+            assert all(await asyncio.gather(*(wait.refused(claim.id, said) for claim in claims)))
+            for claim in claims:
+                assert not accepting.done(), "5xx only after all of it is stored"
+                wait.stored(claim.id)
+        return await accepting
+
+
+@pytest.mark.parametrize(
+    ("said", "heard"),
+    [
+        (Reply(250, "2.0.0", "Ok: queued as 4711"), "250 2.0.0 Ok: sent as ID (upstream: 250 2.0.0 Ok: queued as 4711)"),
+        (Reply(250, "", ""), "250 2.0.0 Ok: sent as ID (upstream: 250)"),
+        (Reply(252, "2.5.0", "maybe"), "250 2.0.0 Ok: sent as ID (upstream: 252 2.5.0 maybe)"),
+        (Reply(550, "5.1.1", "nobody here"), "550 5.1.1 nobody here (refused as ID)"),
+        (Reply(551, "5.1.6", "moved"), "551 5.1.6 moved (refused as ID)"),
+        (Reply(552, "5.2.2", "full"), "552 5.2.2 full (refused as ID)"),
+        (Reply(553, "5.1.3", "bad"), "553 5.1.3 bad (refused as ID)"),
+        (Reply(554, "5.7.1", "spam"), "554 5.7.1 spam (refused as ID)"),
+        (Reply(521, "5.3.2", "no mail here"), "554 5.3.2 no mail here (refused as ID)"),
+        (Reply(555, "5.5.4", "what"), "554 5.5.4 what (refused as ID)"),
+        (Reply(556, "", ""), "554 5.0.0 Refused by the upstream (refused as ID)"),
+        (Reply(549, "4.9.9", "odd"), "554 5.0.0 odd (refused as ID)"),
+        (Reply(0, "", "the upstream does not offer SMTPUTF8"), "554 5.0.0 the upstream does not offer SMTPUTF8 (refused as ID)"),
+        (Reply(550, "5.1.1", "größer Gruß"), "550 5.1.1 gr??er Gru? (refused as ID)"),
+    ],
+)
+async def test_a_client_that_waits_hears_the_upstreams_own_words(front_of: FrontOf, said: Reply, heard: str) -> None:
+    front = front_of(routes=HELD)
+    reply = await verdict(front, said)
+    assert str(reply).replace(front.taken[0].id, "ID") == heard
+    assert front.dispatch.outstanding == 0
+
+
+@pytest.mark.parametrize("code", [250, 550])
+async def test_the_upstreams_words_fit_one_line_and_keep_our_id(front_of: FrontOf, code: int) -> None:
+    front = front_of(routes=HELD)
+    reply = await verdict(front, Reply(code, f"{code // 100}.123.123", "x" * 2000))
+    assert len(reply.line()) + 2 <= 512
+    assert front.taken[0].id in reply.text
+
+
+async def test_a_route_without_a_wait_is_answered_at_once(front_of: FrontOf) -> None:
+    front = front_of(routes=[*HELD, {"sender": "globex.example", "upstream": "house"}])
+    reply = await accept(front, begin(front, "app@globex.example", "you@x.example"))
+    assert reply.text.startswith("Ok: queued as ")
+    assert front.waits.of(front.taken[0].draft.id) is None
+
+
+@pytest.mark.parametrize(("inside", "outside"), [("60s", "0s"), ("0s", "60s"), ("60s", "1ms"), ("1ms", "60s"), ("60s", "60s")])
+async def test_a_split_message_waits_for_all_parts_that_ask_for_it_up_to_the_longest(front_of: FrontOf, inside: str, outside: str) -> None:
+    front = front_of(routes=[{**SPLIT[0], "wait": inside}, {**SPLIT[1], "wait": outside}])
+    reply = await verdict(front, Reply(550, "5.1.1", "nobody"), "a@x.example", "b@acme.example")
+    assert str(reply) == f"550 5.1.1 nobody (refused as {front.taken[0].id})"
+    assert [front.waits.of(message.draft.id) for message in front.taken] == [None, None]
+
+
+@pytest.mark.parametrize("error", [SpoolFull("full"), SpoolError("broken"), ZeroDivisionError(), asyncio.CancelledError()])
+async def test_what_was_not_taken_is_not_waited_for(front_of: FrontOf, error: BaseException) -> None:
+    front = front_of(routes=HELD)
+    front.spool.put_error = error  # type: ignore[assignment]
+    accepting = asyncio.ensure_future(accept(front, begin(front, "app@acme.example", "you@x.example")))
+    await asyncio.wait([accepting], timeout=5)
+    assert accepting.done() and (accepting.cancelled() or accepting.exception() or accepting.result().code in (451, 452))
+    assert front.waits._waits == {}
+
+
+async def test_who_is_cut_off_while_waiting_is_forgotten_and_the_message_stays(front_of: FrontOf) -> None:
+    front = front_of(routes=HELD)
+    accepting = asyncio.ensure_future(accept(front, begin(front, "app@acme.example", "you@x.example")))
+    await eventually(lambda: front.taken, "the message to be in custody")
+    accepting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await accepting
+    assert front.waits.of(front.taken[0].draft.id) is None
+    assert await front.spool.next_due() == {} and [claim.id for claim in front.dispatch.started] == [front.taken[0].id]
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+async def test_who_has_left_is_not_waited_for(front_of: FrontOf, when: str) -> None:
+    front = front_of(routes=HELD)
+    transaction = begin(front, "app@acme.example", "you@x.example")
+    if when == "before":
+        transaction.leave()
+    accepting = asyncio.ensure_future(accept(front, transaction))
+    if when == "during":
+        await eventually(lambda: front.taken, "the message to be in custody")
+        transaction.leave()
+    async with asyncio.timeout(5):
+        assert str(await accepting) == f"250 2.0.0 Ok: queued as {front.taken[0].id}"
+
+
+async def test_a_null_sender_with_a_recipient_that_is_lost_is_not_told_that_all_was_sent(front_of: FrontOf) -> None:
+    front = front_of(routes=[{**SPLIT[0], "wait": "60s"}])
+    async with asyncio.timeout(5):
+        assert (await accept(front, begin(front, "", "a@x.example", "b@acme.example"))).text.startswith("Ok: queued as ")
+
+
+async def test_a_bug_in_delivery_holds_nobody(front_of: FrontOf) -> None:
+    front = front_of(routes=HELD)
+    front.dispatch.start_error = RuntimeError("a bug in delivery")
+    async with asyncio.timeout(5):
+        assert (await accept(front, begin(front, "app@acme.example", "you@x.example"))).text.startswith("Ok: queued as ")
+
+
+async def test_an_upstream_that_asks_for_patience_holds_nobody(front_of: FrontOf) -> None:
+    front = front_of(routes=HELD)
+    front.dispatch.pausing, front.dispatch.slots = {"acme"}, 0
+    async with asyncio.timeout(5):
+        assert (await accept(front, begin(front, "app@acme.example", "you@x.example"))).text.startswith("Ok: queued as ")
+
+
+# -- what the client asks to be told, and loops ------------------------------------------------------------------------------
+
+
+async def test_what_the_client_asks_to_be_told_is_kept(front_of: FrontOf) -> None:
+    front = front_of()
+    opened = front.intake.begin(ORIGIN, "app", "ESMTP", "app@acme.example", smtputf8=False, ret="FULL", envid="order+2B7")
+    assert isinstance(opened, Transaction)
+    asked = Recipient("you@example.org", "SUCCESS", "rfc822;You@example.org")
+    assert front.intake.add(opened, asked, limit=10) is None
+    assert (await accept(front, opened)).code == 250
+    envelope = front.taken[0].draft.envelope
+    assert (envelope.ret, envelope.envid, envelope.recipients) == ("FULL", "order+2B7", (asked,))
+
+
+async def test_an_alias_keeps_the_wishes_and_the_name_it_had(front_of: FrontOf) -> None:
+    front = front_of(domain="example.net", aliases={"root": ["ops@acme.example", "you@example.org"]})
+    transaction = begin(front)
+    for recipient in (Recipient("root", "SUCCESS"), Recipient("Root@example.net", "", "rfc822;boss@example.net"), Recipient("bare")):
+        assert front.intake.add(transaction, recipient, limit=10) is None
+    assert [recipient for recipient, _ in transaction.recipients.values()] == [
+        Recipient("ops@acme.example", "SUCCESS,FAILURE,DELAY", "rfc822;root@example.net"),
+        Recipient("you@example.org", "SUCCESS,FAILURE,DELAY", "rfc822;root@example.net"),
+        Recipient("bare@example.net"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "both"),
+    [
+        (Recipient("a@b.c", "NEVER"), Recipient("a@b.c"), Recipient("a@b.c", "FAILURE,DELAY")),
+        (Recipient("a@b.c"), Recipient("a@b.c"), Recipient("a@b.c")),
+        (
+            Recipient("a@b.c", "SUCCESS", "rfc822;x"),
+            Recipient("a@b.c", "DELAY", "rfc822;y"),
+            Recipient("a@b.c", "SUCCESS,DELAY", "rfc822;x"),
+        ),
+    ],
+)
+async def test_a_recipient_given_twice_misses_no_report(front_of: FrontOf, first: Recipient, second: Recipient, both: Recipient) -> None:
+    front = front_of()
+    transaction = begin(front)
+    for recipient in (first, second):
+        assert front.intake.add(transaction, recipient, limit=1) is None
+    assert [recipient for recipient, _ in transaction.recipients.values()] == [both]
+
+
+OURS = b"Received: from app ([127.0.0.1])\r\n\tby relay.example with ESMTP id 0123456789ABC;\r\n\tnow\r\n"
+LOOP = Reply(554, "5.4.6", "Mail loop: this message is being sent from here")
+
+
+@pytest.mark.parametrize("sender", ["app@acme.example", ""])
+async def test_a_message_that_comes_back_while_it_is_sent_is_refused_at_once(front_of: FrontOf, sender: str) -> None:
+    front = front_of()
+    front.dispatch.sending.add(("0123456789ABC", "acme"))
+    assert await accept(front, begin(front, sender, "you@example.org"), OURS + MESSAGE) == LOOP
+    assert front.taken == []
+    (note,) = front.events("note")
+    assert note["level"] == "error"
+    assert note["what"] == "a loop: 0123456789ABC, which route acme is sending to acme, has come back"
+
+
+async def test_a_message_that_comes_back_from_a_fallback_is_refused_too(front_of: FrontOf) -> None:
+    front = front_of(routes=[{"name": "acme", "upstream": "acme", "fallback": "house"}])
+    front.dispatch.sending.add(("0123456789ABC", "house"))
+    assert await accept(front, begin(front, "app@acme.example", "you@example.org"), OURS + MESSAGE) == LOOP
+
+
+@pytest.mark.parametrize(
+    ("header", "sending"),
+    [
+        (OURS, []),
+        (OURS, [("0123456789ABD", "acme")]),
+        (OURS, [("0123456789ABC", "house")]),  # from a filter, by which another route led
+        (OURS.replace(b"by relay.example ", b"by other.example "), [("0123456789ABC", "acme")]),
+        (b"X-" + OURS, [("0123456789ABC", "acme")]),
+    ],
+)
+async def test_a_message_that_only_resembles_one_is_taken(front_of: FrontOf, header: bytes, sending: list[tuple[str, str]]) -> None:
+    front = front_of()
+    front.dispatch.sending.update(sending)
+    assert (await accept(front, begin(front, "app@acme.example", "you@example.org"), header + MESSAGE)).code == 250

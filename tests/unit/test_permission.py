@@ -4,7 +4,7 @@ import pytest
 
 from relay.config.model import Upstream
 from relay.mail.header import Scan, scan
-from relay.mail.permission import objection
+from relay.mail.permission import objection, report_author
 
 ACME = ("acme.example",)
 
@@ -71,3 +71,21 @@ def test_the_configuration_writes_senders_in_the_form_that_is_compared() -> None
     upstream = Upstream.model_validate({"host": "h.example", "senders": ["ACME.example", "Bücher.example", "Billing@Globex.EXAMPLE"]})
     for sender in ("x@acme.EXAMPLE", "x@xn--bcher-kva.example", "x@BÜCHER.example", "BILLING@globex.example"):
         assert objection(upstream.senders, sender, found(f"From: {sender}")) is None
+
+
+@pytest.mark.parametrize(
+    ("senders", "sender", "author"),
+    [
+        ((), "app@acme.example", None),
+        (ACME, "app@acme.example", None),
+        (("mailer-daemon@acme.example", "x@acme.example"), "app@acme.example", None),
+        (("app@acme.example",), "app@acme.example", "app@acme.example"),
+        (("billing@acme.example", "app@acme.example"), "App+tag@acme.example", "App+tag@acme.example"),
+        (("billing@acme.example",), "app@intern.example", "billing@acme.example"),
+        (("acme.example", "billing@globex.example"), "app@intern.example", "MAILER-DAEMON@acme.example"),
+        (("acme.example",), "root@[192.0.2.1]", "MAILER-DAEMON@acme.example"),
+    ],
+)
+def test_a_report_bears_a_name_that_its_upstream_may_send_for(senders: tuple[str, ...], sender: str, author: str | None) -> None:
+    assert report_author(senders, sender) == author
+    assert author is None or objection(senders, "", found(f"From: Mail Delivery System <{author}>")) is None

@@ -300,3 +300,30 @@ def test_a_look_up_costs_the_same_with_many_routes() -> None:
         return best
 
     assert seconds(5000) < 20 * seconds(5)
+
+
+ACME = {"name": "acme", "sender": "acme.example"}
+
+
+@pytest.mark.parametrize(
+    ("routes", "expected"),
+    [
+        ([ACME], "acme"),
+        ([{"name": "null", "sender": "<>"}, ACME], "null"),
+        ([{"name": "null", "sender": "<>", "reject": "no"}, ACME], "acme"),
+        ([{"name": "no", "sender": "acme.example", "recipient": "acme.example", "reject": "no"}, ACME], "no"),
+        ([{**ACME, "recipient": "example.org"}], "acme"),
+        ([{"name": "acme", "recipient": "example.org"}], "acme"),
+        ([{"name": "other", "sender": "globex.example"}, {**ACME, "recipient": "example.org"}], "acme"),
+        ([{"name": "acme", "sender": "globex.example", "recipient": "example.org"}], None),
+        ([{**ACME, "recipient": "example.org", "reject": "no"}], None),
+        ([{**ACME, "recipient": "example.org", "listener": "other"}], None),
+        ([{**ACME, "recipient": "example.org", "client": "10.0.0.0/8"}], None),
+        ([{"name": "renamed", "sender": "acme.example", "recipient": "example.org"}], None),
+        ([{**ACME, "listener": "local"}], "acme"),
+    ],
+)
+def test_a_report_of_ours_goes_where_its_senders_mail_goes(routes: list[dict[str, Any]], expected: str | None) -> None:
+    origin = Origin("local", "192.0.2.1", "", "S1", "app@acme.example")
+    route = Router(config(*routes)).report_route("app@acme.example", origin, came_by="acme")
+    assert (route.name if route is not None else None) == expected

@@ -1,0 +1,83 @@
+"""The types of the configuration's values: how text from the file becomes each of them, and what the JSON Schema says of it.
+
+No section knows another one here, and nothing is said about what a key means: that is `config.model`. Pure.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from relay.config import values
+from relay.config.values import Network
+
+
+def listed(value: Any) -> Any:
+    """One value stands for a list of one."""
+    if isinstance(value, list):
+        return tuple(value)
+    return value if isinstance(value, tuple) or value is None else (value,)
+
+
+def _sequence(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def one_of(known: tuple[str, ...], *, pending: tuple[str, ...]) -> BeforeValidator:
+    """Refuse by name the choices that the contract has and the program does not."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, str) and value in pending:
+            raise ValueError(f"{value!r} is not available yet; use {' or '.join(repr(word) for word in known)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+Text = Annotated[str, BeforeValidator(values.as_written), AfterValidator(values.parse_text)]
+Name = Annotated[Text, AfterValidator(values.parse_name)]
+Address = Annotated[Text, AfterValidator(values.parse_address)]
+Host = Annotated[Text, AfterValidator(values.parse_host)]
+Domain = Annotated[Text, AfterValidator(values.parse_domain)]
+HeaderName = Annotated[Text, AfterValidator(values.parse_header_name)]
+HeaderFields = Annotated[
+    dict[Annotated[Text, AfterValidator(values.parse_settable_header_name)], Text],
+    BeforeValidator(lambda value: {} if value is None else value, json_schema_input_type=dict[str, str] | None),
+    AfterValidator(values.unique_header_names),
+]
+Duration = Annotated[
+    float,
+    BeforeValidator(
+        values.parse_duration,
+        json_schema_input_type=Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)? ?(ms|s|m|h|d)$", examples=["30s", "5m", "2h"])],
+    ),
+]
+Positive = Annotated[Duration, Field(gt=0)]
+SizeOrNone = Annotated[
+    int,
+    BeforeValidator(
+        values.parse_size,
+        json_schema_input_type=Annotated[int, Field(ge=0)]
+        | Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)? ?([kKMGT]i?)?B$", examples=["50MB", "50MiB"])],
+    ),
+    Field(ge=0),
+]
+Size = Annotated[SizeOrNone, Field(ge=1)]
+Count = Annotated[int, Field(ge=1)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Sequence = BeforeValidator(_sequence)
+
+
+def one_or_list(item: Any) -> BeforeValidator:
+    return BeforeValidator(listed, json_schema_input_type=item | Annotated[list[item], Field(min_length=1)])
+
+
+def null_or_list(item: Any) -> BeforeValidator:
+    return BeforeValidator(lambda value: () if value is None else listed(value), json_schema_input_type=item | list[item] | None)
+
+
+Condition = Annotated[Text, AfterValidator(values.parse_condition)]
+RecipientCondition = Annotated[Text, AfterValidator(values.parse_recipient_condition)]
+Permission = Annotated[Text, AfterValidator(values.parse_permission)]
+SourceNetwork = Annotated[Network, BeforeValidator(values.parse_network)]
+ClientNetwork = Annotated[Network, BeforeValidator(values.parse_client_network)]
+NonEmpty = Field(min_length=1)
