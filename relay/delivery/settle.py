@@ -99,14 +99,19 @@ class Settler:
 
     async def _finish(self, claim: Claim, result: Result) -> list[Next]:
         """The common end: everybody has been sent to, and nothing is left to decide."""
-        self._verdicts.sent(claim, next(iter(result.outcomes.values())).reply)
-        decided, report = Plan(result.outcomes, None, ()), Report(claim)
+        outcomes = result.outcomes
+        first, *others = outcomes.values()
+        self._verdicts.sent(claim, first.reply)
+        report = None
         if any(recipient.notify for recipient in claim.envelope.recipients):  # some may have asked to hear of success
-            report = await self._reporter.report(claim, decided, header_block=result.header_block)
-        if not await self._store(Settlement(claim, result.outcomes, None, report.draft)):
+            report = await self._reporter.report(claim, Plan(outcomes, None, ()), header_block=result.header_block)
+        if not await self._store(Settlement(claim, outcomes, None, report.draft if report is not None else None)):
             return []
-        self._tell(claim, decided)
-        return self._tell_report(report)
+        if others:
+            self._tell(claim, Plan(outcomes, None, ()))
+        else:  # without the detour over those who fared alike
+            self._tell_alike(claim, claim.envelope.recipients, first)
+        return self._tell_report(report) if report is not None else []
 
     async def _move(self, claim: Claim, result: Result) -> list[Next]:
         assert result.moved is not None
@@ -136,26 +141,37 @@ class Settler:
 
     def _tell(self, claim: Claim, decided: Plan) -> None:
         """One event for all recipients who fared alike."""
-        lane, then = claim.lane, decided.next
         if decided.fallback:
             self._tell_degraded(claim, decided)
         for outcome, recipients in _by_outcome(claim, decided).items():
-            facts = {
-                "id": claim.id, "session": claim.origin.session, "route": lane.route, "upstream": lane.upstream,
-                "sender": claim.envelope.sender or "<>", "recipients": _names(recipients), "size": claim.content.size,
-                "reply": str(outcome.reply), "attempt": claim.attempt, "delay": self._clock.now() - claim.created,
-            }  # fmt: skip
-            if outcome.status is Status.SENT:
-                self._journal.sent(**facts)  # type: ignore[arg-type]
+            self._tell_alike(claim, recipients, outcome, decided)
+
+    def _tell_alike(self, claim: Claim, recipients: Sequence[Recipient], outcome: Outcome, decided: Plan | None = None) -> None:
+        """The event for these recipients. `decided`: what follows where they are deferred."""
+        lane, reply, delay = claim.lane, str(outcome.reply), self._clock.now() - claim.created
+        id, session, sender, size = claim.id, claim.origin.session, claim.envelope.sender or "<>", claim.content.size
+        names = _names(recipients)
+        if outcome.status is Status.SENT:
+            self._journal.sent(
+                id=id, session=session, route=lane.route, upstream=lane.upstream, sender=sender, recipients=names, size=size, reply=reply,
+                attempt=claim.attempt, delay=delay,
+            )  # fmt: skip
+            if self._degraded:
                 self._tell_recovered(lane)
-            elif outcome.status is Status.FAILED:
-                self._journal.failed(**facts)  # type: ignore[arg-type]
-            else:
-                assert then is not None, "a deferred recipient has a next time"
-                seconds = max(0.0, then.when - self._clock.now())
-                next_try = f"fallback {then.lane.upstream}, now" if decided.fallback else f"in {seconds:.0f} s at {then.lane.upstream}"
-                in_doubt = outcome.in_doubt or any(r.in_doubt for r in recipients)
-                self._journal.deferred(**facts, next_try=next_try, in_doubt=in_doubt)  # type: ignore[arg-type]
+        elif outcome.status is Status.FAILED:
+            self._journal.failed(
+                id=id, session=session, route=lane.route, upstream=lane.upstream, sender=sender, recipients=names, size=size, reply=reply,
+                attempt=claim.attempt, delay=delay,
+            )  # fmt: skip
+        else:
+            assert decided is not None and decided.next is not None, "a deferred recipient has a next time"
+            then = decided.next
+            seconds = max(0.0, then.when - self._clock.now())
+            self._journal.deferred(
+                id=id, session=session, route=lane.route, upstream=lane.upstream, sender=sender, recipients=names, size=size, reply=reply,
+                attempt=claim.attempt, delay=delay, in_doubt=outcome.in_doubt or any(r.in_doubt for r in recipients),
+                next_try=f"fallback {then.lane.upstream}, now" if decided.fallback else f"in {seconds:.0f} s at {then.lane.upstream}",
+            )  # fmt: skip
 
     def _tell_report(self, report: Report) -> list[Next]:
         """The report that is queued now, if there is one, and when and where it is due."""
