@@ -209,9 +209,12 @@ class SqliteSpool:
             rows = ([self._row(bounce, mark, None, filed=False, shared=False)], [(mark, bounce.content.octets)])
         waiting = [r for r in recipients if outcomes[r.address].status is Status.DEFERRED]
         values = continuation(settlement, waiting) if waiting else None
-        ending = Ending(number, lease, rows, log_rows(settlement, number, self._clock.now()), values)
+        now, then = self._clock.now(), settlement.next
+        ending = Ending(number, lease, rows, log_rows(settlement, number, now), values)
+        # What goes on at once, to a fallback or as a bounce, does not wait for company.
+        store = self._commits.submit if bounce is not None or (then is not None and then.when <= now) else self._commits.ride
         try:
-            unneeded = await self._commits.ride(self._rows.resume if waiting else self._rows.end, ending)
+            unneeded = await store(self._rows.resume if waiting else self._rows.end, ending)
         except Again:
             unneeded = await self._settle_beside_damage(ending)
         except LeaseLost:
@@ -299,7 +302,10 @@ class SqliteSpool:
 
     async def close(self) -> None:
         await self._commits.stop()
-        self._checkpoint()
+        try:
+            self._checkpoint()
+        except apsw.Error:  # the log has all of it, and is read at the next start
+            self._database.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         self._database.close()
         self._files.close()
         self._lock.release()
@@ -331,8 +337,8 @@ class SqliteSpool:
             self._database.execute(sql.FORGET_LOG, (self._clock.now() - self._keep_log_seconds, _LOG_ROWS_A_SWEEP))
             if self._database.pragma("freelist_count") > _FREE_PAGES:
                 self._database.execute(f"PRAGMA incremental_vacuum({_FREE_PAGES // 4})").fetchall()
-        except apsw.CorruptError:
-            pass  # a damaged page of the delivery log, which then grows: mail can be taken and sent all the same
+        except apsw.CorruptError:  # a page of the delivery log, which then grows: mail can be taken and sent all the same
+            self._room.works(_CHECKPOINT)
         except apsw.Error as error:  # nothing is lost: it is tried again
             self._room.failed(_CHECKPOINT, storage_fault(error))
         else:

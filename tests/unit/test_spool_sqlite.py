@@ -492,6 +492,15 @@ async def test_many_puts_share_a_commit(spool: SqliteSpool) -> None:
     assert len(commits) < 20
 
 
+async def test_what_goes_on_at_once_does_not_wait_for_company(spool: SqliteSpool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit, "RIDE_SECONDS", 60.0)
+    (to_fallback, refused) = await spool.put([draft(spool), draft(spool)], [True, True])
+    assert to_fallback is not None and refused is not None
+    async with asyncio.timeout(10):
+        await spool.settle(settlement(to_fallback, DEFERRED, then=Next(ManualClock().now(), OTHER_LANE)))
+        await spool.settle(settlement(refused, FAILED, bounce=draft(spool)))
+
+
 @pytest.mark.parametrize(
     ("statement", "plan"),
     [
