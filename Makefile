@@ -15,11 +15,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check coverage format golden test-all clean
+.PHONY: help demo test crash check coverage format golden test-all clean
 
 help:
 	@echo 'make demo      two upstreams, a fallback, and the relay on 127.0.0.1:2525'
 	@echo 'make test      the test suite'
+	@echo 'make crash     the crash tests at length, with counts: power cuts, kills, failing disks; some minutes'
 	@echo 'make check     ruff, mypy, and the import directions'
 	@echo 'make coverage  every branch of what decides the fate of mail is tested'
 	@echo 'make format    let ruff format and fix'
@@ -32,6 +33,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+crash: $(READY)
+	RELAY_CRASH=1 $(BIN)/pytest -s tests/crash
 
 check: $(READY)
 	$(BIN)/ruff check

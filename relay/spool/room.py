@@ -37,7 +37,9 @@ class Room:
 
     def obstacle(self, size: int = 0) -> SpoolError | None:
         """Why a message of so many octets cannot be taken now, or None."""
-        return next(iter(tuple(self._faults.values())), None) or self.full(size)
+        if self._faults and (faults := list(self._faults.values())):  # a thread may have taken the last one away
+            return faults[0]
+        return self.full(size)
 
     def full(self, size: int) -> SpoolFull | None:
         """Why there is no room for so many octets, or None."""

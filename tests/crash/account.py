@@ -183,7 +183,7 @@ class Found:
 
     messages: dict[MessageId, Message]
     log: set[tuple[float, MessageId, str, str]]
-    unreadable: list[str]
+    unreadable: dict[str, str]  # message, or the whole -> why
 
 
 async def examine(directory: Path, clock: ManualClock) -> Found:
@@ -191,28 +191,31 @@ async def examine(directory: Path, clock: ManualClock) -> Found:
     try:
         spool = SqliteSpool(directory, clock, backoff=lambda attempts: 60.0, keep_log_seconds=1e9)
     except SpoolError as error:
-        return Found({}, set(), [str(error)])
+        return Found({}, set(), {"the spool": str(error)})
     view = SqliteView(directory, clock)
     try:
         held = {queued.id: queued.held for queued in view.queued()}
         log = {(entry.time, entry.id, entry.recipient, entry.status) for entry in view.log()}
         await spool.release(EVERYTHING)
         messages: dict[MessageId, Message] = {}
-        unreadable: list[str] = []
+        unreadable: dict[str, str] = {}
         for lane in await spool.next_due():
             for claim in await spool.claim(lane, 100_000):
                 try:
                     octets = octets_of(claim.content)
                 except OSError as error:
-                    unreadable.append(f"{claim.id}: {error}")
+                    unreadable[claim.id] = str(error)
+                    continue
+                if len(octets) != claim.content.size:  # as an attempt sees it
+                    unreadable[claim.id] = f"has {len(octets)} octets instead of {claim.content.size}"
                     continue
                 recipients, attempts = claim.envelope.recipients, claim.attempt - 1
                 messages[claim.id] = Message(octets, claim.prefix, claim.lane, recipients, attempts, held[claim.id])
         if len(messages) < len(held):
-            unreadable += [f"{queued.id}: {queued.held}" for queued in view.queued() if queued.id not in messages]
+            unreadable |= {queued.id: queued.held for queued in view.queued() if queued.id not in messages and queued.id not in unreadable}
         (sound,) = spool._database.execute("PRAGMA integrity_check").fetchone()
         if sound != "ok":
-            unreadable.append(f"the database: {sound}")
+            unreadable["the database"] = str(sound)
         return Found(messages, log, unreadable)
     finally:
         view.close()
@@ -221,21 +224,23 @@ async def examine(directory: Path, clock: ManualClock) -> Found:
 
 def faults(found: Found, operations: Iterable[Operation], moment: int, *, log_since: float) -> list[str]:
     """What is wrong with what was found after a crash at this moment."""
-    told = [f"unreadable: {text}" for text in found.unreadable]
     expected: dict[MessageId, Message | None] = {}
     logged: set[tuple[float, MessageId, str, str]] = set()
     open_to_doubt: list[Operation] = []
     started = sorted((o for o in operations if o.began <= moment), key=lambda o: o.ended if o.ended is not None else 1 << 60)
-    last_success = max((o.ended for o in started if o.ended is not None and o.ended <= moment), default=-1)
+    # What a failed commit wrote may be found until the next one has written over it.
+    written_over = max((o.began for o in started if o.ended is not None and o.ended <= moment), default=-1)
     for operation in started:
         if operation.ended is not None and operation.ended <= moment:
             expected |= operation.after
             logged |= {line for line in operation.logged if line[0] >= log_since}
-        elif operation.refused is None or operation.refused > last_success:
+        elif operation.refused is None or operation.refused > written_over:
             open_to_doubt.append(operation)
     for operation in open_to_doubt:  # done whole, or not at all: what is half done is not as promised
         if all(_same(found.messages.get(number), message) for number, message in operation.after.items()):
             expected |= operation.after
+    refused = {number for operation in open_to_doubt if operation.refused is not None for number in operation.after}
+    told = [f"unreadable: {number} {text}" for number, text in found.unreadable.items() if number not in refused]
     for number, message in expected.items():
         there = found.messages.get(number)
         if not _same(there, message):
@@ -262,6 +267,8 @@ def _words(message: Message | None) -> str:
 def operation_count(operations: Iterable[Operation]) -> dict[str, Any]:
     counts: dict[str, int] = {}
     for operation in operations:
+        if operation.what == "claim" and operation.ended is None:
+            continue  # might have been chosen, and was not
         kind = operation.what if operation.ended is not None else f"{operation.what} refused"
         counts[kind] = counts.get(kind, 0) + 1
     return counts
