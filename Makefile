@@ -15,15 +15,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test crash check coverage format golden test-all clean
+.PHONY: help demo test crash fuzz check coverage crowd format golden test-all clean
 
 help:
 	@echo 'make demo      two upstreams, a fallback, and the relay on 127.0.0.1:2525'
 	@echo 'make test      the test suite'
 	@echo 'make crash     the crash tests at length, with counts: power cuts, kills, failing disks; some minutes'
+	@echo 'make fuzz      a million mutated sessions, with figures; INPUTS=1000 makes so many for each of three kinds of listener'
 	@echo 'make check     ruff, mypy, and the import directions'
 	@echo 'make coverage  every branch of what decides the fate of mail is tested'
 	@echo 'make format    let ruff format and fix'
+	@echo 'make crowd     5,000 idle connections and 200 slow senders, with figures'
 	@echo 'make golden    rewrite the expected outputs in tests/golden; review the diff'
 	@echo 'make test-all  the test suite under each Python in PYTHONS that is there'
 	@echo 'make clean     remove environments and caches'
@@ -37,6 +39,9 @@ test: $(READY)
 crash: $(READY)
 	RELAY_CRASH=1 $(BIN)/pytest -s tests/crash
 
+fuzz: $(READY)
+	RELAY_FUZZ=$(or $(INPUTS),340000) $(BIN)/pytest -q -s --timeout 0 tests/fuzz/test_sessions.py
+
 check: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -47,6 +52,9 @@ check: $(READY)
 coverage: $(READY)
 	$(BIN)/coverage run --branch --include='relay/mail/outcome.py,relay/mail/bounce.py,relay/delivery/*' -m pytest -q tests/unit tests/contract
 	$(BIN)/coverage report --show-missing --fail-under=100
+
+crowd: $(READY)
+	CROWD=1 $(BIN)/pytest -q -s tests/system/test_crowd.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix

@@ -7,10 +7,14 @@ orders, then delivery, then the spool, within `shutdown_timeout`; what is not do
 import asyncio
 import gc
 import itertools
+import os
 import random
+import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import uvloop
 
@@ -25,7 +29,11 @@ from relay.delivery.retry import delay_seconds
 from relay.delivery.scheduler import Scheduler
 from relay.delivery.settle import Settler
 from relay.intake import Intake
+from relay.listener.budget import Budget
+from relay.listener.credentials import Credentials
 from relay.listener.door import Door
+from relay.listener.drops import Drops, door_of
+from relay.listener.sockets import NOTHING_INHERITED, Inherited
 from relay.observe.journal import Journal, capture_logging
 from relay.observe.metrics import Metrics
 from relay.routing import Router
@@ -41,6 +49,9 @@ EX_CONFIG = 78  # the unit is not restarted after this one
 #: After the timeout, what is left is cut off; this long may that take.
 _ABORT_SECONDS = 2.0
 
+# Besides a file for each connection from apps: upstreams, the spool, content on its way in and out, the threads' pipes.
+_OTHER_FILES = 500
+
 # Collect garbage after this many new containers instead of 700: messages make many and hardly any cycles.
 _COLLECT_AFTER = 20_000
 
@@ -48,8 +59,10 @@ _COLLECT_AFTER = 20_000
 class Relay:
     """One running relay."""
 
-    def __init__(self, config: Config, journal: Journal) -> None:
+    def __init__(self, config: Config, journal: Journal, *, inherited: Inherited = NOTHING_INHERITED) -> None:
+        """`inherited`: the sockets that systemd has handed over."""
         self._config = config
+        self._inherited = inherited
         self._journal = journal
         self._stop = asyncio.Event()
         self._reason = ""
@@ -61,83 +74,119 @@ class Relay:
 
     async def serve(self, *, ready: Callable[[list[str]], None] | None = None) -> None:
         """Run until `stop`. `ready` is told the addresses once mail is taken. Raises SpoolError or OSError when it cannot start."""
-        config, journal, clock = self._config, self._journal, SystemClock()
-
-        def backoff(attempts: int) -> float:
-            return delay_seconds(config.retry, attempts)
-
-        def quarantined(id: MessageId, lane: Lane, reason: str) -> None:
-            journal.held(id=id, route=lane.route, upstream=lane.upstream, sender="", recipients="", reason=reason)
-
-        spool = SqliteSpool(
-            config.spool.directory, clock, backoff=backoff, keep_log_seconds=config.spool.keep_log, quarantined=quarantined,
-            max_size_bytes=config.spool.max_size, min_free_bytes=config.spool.min_free,
-        )  # fmt: skip
-        router = Router(config)
-        pool = Pool(config.upstreams, hostname=config.hostname, clock=clock, note=journal.note)
-        metrics = Metrics()
-        breakers = Breakers(config.retry, journal, metrics, clock)
-        attempts = Attempts(config, router, pool, journal, clock, breakers=breakers)
-        waits = Waits()
-        settler = Settler(config, router, spool, journal, clock, rng=random.Random(), breakers=breakers, metrics=metrics, waits=waits)
-        scheduler = Scheduler(config, spool, attempts, settler, journal, clock, breakers=breakers)
-        pool.secret_changed = scheduler.secret_changed
-        intake = Intake(config, router, spool, scheduler, journal, clock, waits=waits)
-        directory = config.spool.directory
-        operator = Operator(spool, scheduler, journal, view=lambda: SqliteView(directory, clock))
-        control = Control(config.control, operator, journal, alias=directory / CONTROL)
-        numbers = itertools.count(int(time.time() * 1000))
-        doors = [
-            Door(listener, intake, journal, hostname=config.hostname, new_session_id=lambda: f"S{next(numbers):X}")
-            for listener in config.listeners
-        ]
+        house = _build(self._config, self._journal)
         try:
             async with asyncio.TaskGroup() as services:
-                delivery = services.create_task(scheduler.serve(), name="scheduler")
+                delivery = services.create_task(house.scheduler.serve(), name="scheduler")
                 try:
-                    await control.open()
-                    await self._open(doors, ready)
+                    await house.control.open()
+                    await self._open(house.doors, ready)
+                    house.drops.open()
                     await self._stop.wait()
                 finally:
-                    waits.stop()
-                    await self._drain(doors, scheduler, control)
+                    house.waits.stop()
+                    house.credentials.stop()
+                    await self._drain(house)
                     delivery.cancel()
         finally:
-            control.close()
-            operator.close()
-            await pool.close()
-            await spool.close()
-            journal.stopped(reason=self._reason or "a service failed")
+            house.control.close()
+            house.operator.close()
+            house.credentials.close()
+            await house.pool.close()
+            await house.spool.close()
+            self._journal.stopped(reason=self._reason or "a service failed")
 
     async def _open(self, doors: list[Door], ready: Callable[[list[str]], None] | None) -> None:
         addresses = []
         for door in doors:
-            address = await door.open()
+            address = await door.open(self._inherited)
             self._journal.listening(listener=door.settings.name, address=address)
             addresses.append(address)
+        if self._inherited.names:
+            self._journal.note("warning", f"systemd has handed over sockets that no listener takes: {', '.join(self._inherited.names)}")
         if ready is not None:
             ready(addresses)
 
-    async def _drain(self, doors: list[Door], scheduler: Scheduler, control: Control) -> None:
-        for door in doors:
+    async def _drain(self, house: "_House") -> None:
+        for door in house.doors:
             door.stop()
-        control.stop()
-        self._journal.draining(sessions=sum(door.sessions for door in doors), attempts=scheduler.stop())
+        house.control.stop()
+        house.drops.stop()
+        self._journal.draining(sessions=sum(door.sessions for door in house.doors), attempts=house.scheduler.stop())
         try:
             async with asyncio.timeout(self._config.shutdown_timeout):
-                for door in doors:
-                    await door.drained()
-                await control.drained()
-                await scheduler.drained()
+                for room in house.busy:
+                    await room.drained()
         except TimeoutError:
             try:
                 async with asyncio.timeout(_ABORT_SECONDS):
-                    for door in doors:
-                        await door.abort()
-                    await control.abort()
-                    await scheduler.abort()
+                    for room in house.busy:
+                        await room.abort()
             except TimeoutError:
                 self._journal.note("error", "some work could not be cut off in time; it stays in the spool")
+
+
+@dataclass(frozen=True, slots=True)
+class _House:
+    """The rooms that are started and stopped."""
+
+    spool: SqliteSpool
+    pool: Pool
+    scheduler: Scheduler
+    waits: Waits
+    credentials: Credentials
+    doors: list[Door]
+    operator: Operator
+    control: Control
+    drops: Drops
+
+    @property
+    def busy(self) -> list["_Busy"]:
+        """Those with work that may be under way, in the order in which it ends."""
+        return [*self.doors, self.control, self.drops, self.scheduler]
+
+
+class _Busy(Protocol):
+    async def drained(self) -> None: ...
+    async def abort(self) -> None: ...
+
+
+def _build(config: Config, journal: Journal) -> _House:
+    """Every room, from the bottom up. Inside a running loop. Raises SpoolError."""
+    clock, metrics, waits, directory = SystemClock(), Metrics(), Waits(), config.spool.directory
+    spool = _open_spool(config, journal, clock)
+    router = Router(config)
+    pool = Pool(config.upstreams, hostname=config.hostname, clock=clock, note=journal.note)
+    breakers = Breakers(config.retry, journal, metrics, clock)
+    attempts = Attempts(config, router, pool, journal, clock, breakers=breakers)
+    settler = Settler(config, router, spool, journal, clock, rng=random.Random(), breakers=breakers, metrics=metrics, waits=waits)
+    scheduler = Scheduler(config, spool, attempts, settler, journal, clock, breakers=breakers)
+    pool.secret_changed = scheduler.secret_changed
+    intake = Intake(config, router, spool, scheduler, journal, clock, waits=waits)
+    credentials, budget, numbers = Credentials(config.users, clock), Budget(), itertools.count(int(time.time() * 1000))
+    doors = [
+        Door(
+            listener, intake, journal, hostname=config.hostname, new_session_id=lambda: f"S{next(numbers):X}",
+            metrics=metrics, budget=budget, credentials=credentials, directory=directory,
+        )
+        for listener in config.listeners
+    ]  # fmt: skip
+    operator = Operator(spool, scheduler, journal, view=lambda: SqliteView(directory, clock))
+    control = Control(config.control, operator, journal, alias=directory / CONTROL)
+    return _House(spool, pool, scheduler, waits, credentials, doors, operator, control, Drops(directory, door_of(doors), journal))
+
+
+def _open_spool(config: Config, journal: Journal, clock: SystemClock) -> SqliteSpool:
+    def backoff(attempts: int) -> float:
+        return delay_seconds(config.retry, attempts)
+
+    def quarantined(id: MessageId, lane: Lane, reason: str) -> None:
+        journal.held(id=id, route=lane.route, upstream=lane.upstream, sender="", recipients="", reason=reason)
+
+    return SqliteSpool(
+        config.spool.directory, clock, backoff=backoff, keep_log_seconds=config.spool.keep_log, quarantined=quarantined,
+        max_size_bytes=config.spool.max_size, min_free_bytes=config.spool.min_free,
+    )  # fmt: skip
 
 
 def run(config: Config, *, warnings: Sequence[str] = ()) -> int:
@@ -147,6 +196,7 @@ def run(config: Config, *, warnings: Sequence[str] = ()) -> int:
     capture_logging(journal)
     for warning in warnings:
         journal.note("warning", warning)
+    _allow_files(sum(listener.connections for listener in config.listeners) + _OTHER_FILES, journal)
     gc.freeze()  # what is loaded by now lives as long as the process; looking at it again costs milliseconds
     gc.set_threshold(_COLLECT_AFTER, 20, 20)
     code = 0
@@ -161,11 +211,21 @@ def run(config: Config, *, warnings: Sequence[str] = ()) -> int:
     return code
 
 
+def _allow_files(wanted: int, journal: Journal) -> None:
+    """Raise the soft limit of open files, 1024 on most machines, to what the listeners' `connections` may come to."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < wanted:
+        journal.note("warning", f"at most {allowed} files may be open, and the listeners' connections may need {wanted}: raise LimitNOFILE")
+
+
 async def _main(config: Config, journal: Journal) -> None:
     loop = asyncio.get_running_loop()
     journal.attach(loop)
     loop.set_exception_handler(lambda _, context: journal.fault(str(context.get("message")), context.get("exception")))
-    relay = Relay(config, journal)
+    relay = Relay(config, journal, inherited=Inherited.from_environment(os.environ))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, relay.stop, signal.Signals(number).name)
     # Its default would end the process without draining, and a unit's or a habit's "reload" must not cost a session.

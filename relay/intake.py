@@ -17,7 +17,7 @@ from relay.clock import Clock
 from relay.config.model import Config, Route
 from relay.mail import dsn, header
 from relay.mail.envelope import Envelope, Facts, Origin, Recipient
-from relay.mail.permission import objection
+from relay.mail.permission import may_send, objection, user_objection
 from relay.mail.reply import Reply
 from relay.mail.rewrite import envelope_sender, rewrite_header
 from relay.observe.journal import Journal
@@ -35,6 +35,7 @@ _UNSAFE_NAME = re.compile(r"[^A-Za-z0-9.:\[\]_-]")
 
 _LOOP = Reply(554, "5.4.6", "Mail loop: too many Received header fields")
 _COMES_BACK = Reply(554, "5.4.6", "Mail loop: this message is being sent from here")
+_NOT_THE_USERS = Reply(553, "5.7.1", "Not one of the senders of this user")
 _HEADER_TOO_LARGE = Reply(552, "5.3.4", "The header is too large")
 _NO_ROUTE = Reply(550, "5.7.1", "No route for this sender")
 _NO_SPACE = Reply(452, "4.3.1", "Insufficient storage, try again later")
@@ -143,6 +144,8 @@ class Intake:
             sender = complete(sender, self._config.domain)
             if "@" not in sender:
                 return _BARE_SENDER_REFUSED
+        if origin.user and sender and not may_send(self._config.users[origin.user].senders, sender):
+            return _NOT_THE_USERS
         if refusal := self._router.sender_refusal(sender, origin):
             return Reply(550, "5.7.1", refusal)
         return Transaction(origin, client_name, protocol, sender, smtputf8, ret, envid)
@@ -198,6 +201,8 @@ class Intake:
         if found.received >= _OWN_HOPS_LIMIT and self._loops(found):
             return _LOOP
         origin, sender = transaction.origin, transaction.sender
+        if origin.user and (reason := user_objection(self._config.users[origin.user].senders, sender, found)):
+            return Reply(553, "5.7.1", f"Not one of the senders of this user: {reason}")
         author = header.from_address(found.from_values)
         origin = Origin(origin.listener, origin.client, origin.user, origin.session, author)
         by_route: dict[str, tuple[Route, list[Recipient]]] = {}
@@ -272,10 +277,9 @@ class Intake:
         recipients = transaction.recipients
         target = f"\r\n\tfor <{next(iter(recipients))}>" if len(recipients) == 1 else ""
         name = _UNSAFE_NAME.sub("?", transaction.client_name) or "unknown"
-        client = transaction.origin.client
-        literal = f"IPv6:{client}" if ":" in client else client
         text = (
-            f"Received: from {name} ([{literal}])\r\n\tby {hostname} with {transaction.protocol} id {message_id}{target};\r\n\t{date}\r\n"
+            f"Received: from {name} ({_literal(transaction.origin.client)})\r\n"
+            f"\tby {hostname} with {transaction.protocol} id {message_id}{target};\r\n\t{date}\r\n"
         )
         if not found.has_message_id:
             text += f"Message-ID: <{message_id}.{self._run}@{hostname}>\r\n"
@@ -342,6 +346,13 @@ class Intake:
 
 def _queued(message_id: str) -> Reply:
     return Reply(250, "2.0.0", f"Ok: queued as {message_id}")
+
+
+def _literal(client: str) -> str:
+    """Where a client is: an address literal (RFC 5321 section 4.1.3), or its user on this machine."""
+    if client.startswith("uid:"):
+        return client
+    return f"[IPv6:{client}]" if ":" in client else f"[{client}]"
 
 
 def _passed_on(verdict: Reply, message_id: str) -> Reply:

@@ -9,15 +9,16 @@ Conditions come from `config` in the form in which they compare: lower case, dom
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from relay.config.model import Config, Retry, Route, effective_rewrite
 from relay.config.model import Rewrite as RewriteSettings
+from relay.config.values import client_of, is_from
 from relay.mail.address import folded, patterns_for
 from relay.mail.envelope import Facts, Origin
 from relay.mail.rewrite import Rewrite
 
 _NO_RULES = Rewrite()
+_client_of = lru_cache(maxsize=8192)(client_of)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +196,7 @@ def describe(route: Route) -> str:
     parts = ["every sender" if "*" in route.sender else f"sender {', '.join(route.sender)}"]
     parts += [f"recipient {', '.join(route.recipient)}"] if route.recipient else []
     parts += [f"client {', '.join(map(str, route.client))}"] if route.client else []
+    parts += [f"user {', '.join(route.user)}"] if route.user else []
     parts += [f"listener {', '.join(route.listener)}"] if route.listener else []
     return "; ".join(parts)
 
@@ -221,20 +223,9 @@ def _admits(route: Route, origin: Origin) -> bool:
     """Whether the conditions hold that are about where the message came from."""
     if route.listener and origin.listener not in route.listener:
         return False
-    if not route.client:
-        return True
-    client = _client_address(origin.client)
-    return client is not None and any(client in network for network in route.client)
-
-
-@lru_cache(maxsize=8192)
-def _client_address(text: str) -> IPv4Address | IPv6Address | None:
-    """The client's address, an IPv4 one out of its IPv6 clothes; None for a Unix socket."""
-    try:
-        address = ip_address(text.partition("%")[0])
-    except ValueError:
-        return None
-    return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
+    if route.user and origin.user not in route.user:
+        return False
+    return not route.client or is_from(_client_of(origin.client), route.client)
 
 
 def _failures(route: Route, facts: Facts) -> Iterator[str]:
@@ -251,9 +242,12 @@ def _failures(route: Route, facts: Facts) -> Iterator[str]:
             yield f"the null sender, with {origin.header_from} in From, is not {wanted}"
     if route.recipient and not _meets(route.recipient, facts.recipient):
         yield f"recipient {facts.recipient} is not {', '.join(route.recipient)}"
+    if route.user and origin.user not in route.user:
+        yield f"user {origin.user or '(none)'} is not {', '.join(route.user)}"
     if route.listener and origin.listener not in route.listener:
         yield f"listener {origin.listener or 'unknown'} is not {', '.join(route.listener)}"
-    if route.client and not _admits(route, Origin(listener=route.listener[0] if route.listener else "", client=origin.client)):
+    elsewhere = Origin((*route.listener, "")[0], origin.client, (*route.user, "")[0])
+    if route.client and not _admits(route, elsewhere):
         yield f"client {origin.client or 'unknown'} is not in {', '.join(map(str, route.client))}"
 
 

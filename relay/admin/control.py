@@ -3,17 +3,13 @@
 Who may open the socket (mode 0660) may give orders; the log names the user. A client costs nobody anything: requests are limited in
 size, clients in number, and one that neither asks nor reads is cut off. `docs/operations.md` has the language.
 
-State: the listening socket, the lock beside it that says whose it is, and a task for each client. Laws: the socket of a relay that
-lives is never replaced, that of a dead one always; stopping waits for the page that is under way, so that no claim is left behind.
+State: the listening socket, and a task for each client. Law: stopping waits for the page that is under way, so that no claim is left
+behind.
 """
 
 import asyncio
 import contextlib
-import fcntl
 import json
-import os
-import socket
-import struct
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,22 +17,18 @@ from relay.admin.operator import Operator, Order, Progress
 from relay.admin.request import VERSION, Refused, parse_request
 from relay.observe.journal import Journal
 from relay.spool.base import SpoolError
+from relay.unix import SocketPath, uid_of_peer
 
 _MODE: Final = 0o660
 _REQUEST_LIMIT_BYTES: Final = 1024 * 1024  # ten thousand ids are 160,000
 _CLIENTS_LIMIT: Final = 16
 _IDLE_SECONDS: Final = 60.0
 _UNREAD_SECONDS: Final = 10.0
-_PEER = struct.Struct("3i")  # pid, uid, gid of unix(7)
 
 _TOO_LONG: Final = f"the request has more than {_REQUEST_LIMIT_BYTES} bytes"
 _TOO_MANY: Final = f"{_CLIENTS_LIMIT} clients are connected already; try again"
 _STOPPING: Final = "the relay is stopping; what was not told as done is as it was"
 _FAULT: Final = "a fault of the relay's own, see the log; what was not told as done may be as it was"
-
-
-class ControlInUse(OSError):
-    """The path belongs to somebody who lives."""
 
 
 class _Stopping(Exception):
@@ -49,25 +41,22 @@ class Control:
     def __init__(self, path: Path, operator: Operator, journal: Journal, *, alias: Path) -> None:
         """`alias` becomes a link to the socket, unless it is the socket: where those look who know only the spool."""
         self._path = path
+        self._place = SocketPath(path, mode=_MODE, name="the control socket")
         self._alias = alias
         self._operator = operator
         self._journal = journal
         self._server: asyncio.Server | None = None
-        self._lock: int | None = None
         self._clients: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._busy: set[asyncio.Task[None]] = set()
         self._stopping = False
 
     async def open(self) -> None:
-        """Listen. Raises ControlInUse, or OSError with the path in its words."""
+        """Listen. Raises SocketInUse, or OSError with the path in its words."""
+        self._server = await asyncio.start_unix_server(self._admit, sock=self._place.bind(), limit=_REQUEST_LIMIT_BYTES)
         try:
-            self._lock = _lock(self._path)
-            self._server = await asyncio.start_unix_server(self._admit, sock=_bound(self._path), limit=_REQUEST_LIMIT_BYTES)
             self._link()
-        except ControlInUse:
-            raise
         except OSError as error:
-            raise OSError(f"the control socket {self._path} cannot be made: {error.strerror}") from error
+            raise OSError(f"{self._alias}, where commands look for {self._path}, cannot be made: {error.strerror}") from error
 
     def stop(self) -> None:
         """Take no more clients and orders; an order that is being carried out ends with its page."""
@@ -91,11 +80,10 @@ class Control:
 
     def close(self) -> None:
         """Take the socket away, if it was ours."""
-        for path in {self._path, self._alias} if self._server is not None else ():
+        if self._server is not None and self._alias.is_symlink():
             with contextlib.suppress(OSError):
-                path.unlink()
-        if self._lock is not None:
-            os.close(self._lock)
+                self._alias.unlink()
+        self._place.release()
 
     def _link(self) -> None:
         target = self._path.absolute()
@@ -183,38 +171,4 @@ def _line(**fields: Any) -> bytes:
 
 def _user(writer: asyncio.StreamWriter) -> str:
     """Who is at the other end, for the log."""
-    octets = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-    return f"uid {_PEER.unpack(octets)[1]}"
-
-
-def _lock(path: Path) -> int:
-    """The right to `path` until the descriptor is closed. A lock, because between asking whether a socket is dead and replacing it
-    another relay may have come."""
-    descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ControlInUse(f"the control socket {path} belongs to another relay") from None
-    return descriptor
-
-
-def _bound(path: Path) -> socket.socket:
-    """A socket at `path` in the place of one that nobody listens at."""
-    if path.is_socket():
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.setblocking(False)
-            if probe.connect_ex(str(path)) == 0:
-                raise ControlInUse(f"another program listens at {path}")
-        path.unlink()
-    elif path.is_symlink():
-        path.unlink()
-    bound = socket.socket(socket.AF_UNIX)
-    try:
-        os.fchmod(bound.fileno(), _MODE)  # so that it is never open to more, whatever the umask
-        bound.bind(str(path))
-        path.chmod(_MODE)
-    except OSError:
-        bound.close()
-        raise
-    return bound
+    return f"uid {uid_of_peer(writer.get_extra_info('socket'))}"

@@ -8,7 +8,7 @@ about the bounces that it makes itself; what is told as changed is durable.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -64,8 +64,8 @@ class Delivery(Protocol):
         """Mail waits in `lane`, due at `when`."""
         ...
 
-    def give_up(self, claims: Sequence[Claim], reason: str) -> None:
-        """End these claims as failed for this reason, each with its bounce."""
+    def give_up(self, claims: Sequence[Claim], reason: str) -> Collection[asyncio.Task[None]]:
+        """End these claims as failed for this reason, each with its bounce; what is answered is done when that is stored."""
         ...
 
     def try_now(self, upstream: str) -> None:
@@ -160,7 +160,8 @@ class Operator:
         for start in range(0, len(ids), _PAGE_CLAIMS):
             some = ids[start : start + _PAGE_CLAIMS]
             claims = await self._spool.take(Selection(ids=frozenset(some)), len(some))
-            self._delivery.give_up(claims, reason)
+            if ending := self._delivery.give_up(claims, reason):
+                await asyncio.wait(ending)
             taken += [claim.id for claim in claims]
         return taken
 

@@ -20,9 +20,9 @@ from relay.cli.options import add_config, add_unavailable
 EX_USAGE = 64
 _EX_INTERRUPTED = 130  # 128 and the number of SIGINT, as a shell says it
 
-_COMMANDS = ("serve", "check", "explain", "demo", "queue", "log", "trace", "schema")
+_COMMANDS = ("serve", "check", "explain", "demo", "queue", "log", "trace", "schema", "sendmail", "hash-password")
 _WITH_FILE = ("serve", "check", "explain")  # those that read the spool add `-c` with their filters
-_NOT_YET = ("test", "status", "pause", "resume", "reload", "sendmail", "oauth", "secret", "hash-password", "dkim", "import")
+_NOT_YET = ("test", "status", "pause", "resume", "reload", "oauth", "secret", "dkim", "import")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,13 +33,18 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and answer its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["sendmail"] and "--help" not in arguments:  # its grammar is not argparse's, nor may it load that much
+        from relay.sendmail import main as sendmail
+
+        return sendmail(arguments[1:], name="relay sendmail")
     parser = _Parser(prog="relay", description="Takes mail from old apps and forwards it through their owners' own upstreams.")
     parser.add_argument("--version", action="version", version=f"relay {__version__}")
     add_config(parser)
     parser.set_defaults(config=None)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in _COMMANDS:
-        import_module(f"relay.cli.{name}").add_parser(subparsers)
+        import_module(f"relay.cli.{name.replace('-', '_')}").add_parser(subparsers)
         if name in _WITH_FILE:
             add_config(subparsers.choices[name])
     add_unavailable(subparsers, _NOT_YET)

@@ -27,7 +27,10 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("explain", help="which route takes a message, and why", description=__doc__.splitlines()[0])
     parser.add_argument("--from", dest="sender", metavar="ADDRESS", help='the envelope sender; "<>" for the null sender')
     parser.add_argument("--to", dest="recipient", metavar="ADDRESS", help="one recipient")
-    parser.add_argument("--client", default="127.0.0.1", metavar="IP", help="where the app connects from (default: %(default)s)")
+    parser.add_argument(
+        "--client", default="127.0.0.1", metavar="IP", help="where the app connects from, or uid:1000 (default: %(default)s)"
+    )
+    parser.add_argument("--user", metavar="NAME", help="as whom it logs in (default: nobody)")
     parser.add_argument("--listener", metavar="NAME", help="where it connects to (default: the first listener)")
     parser.add_argument("--message", metavar="FILE", help="a message whose header to use; - reads standard input")
     parser.add_argument("--outcomes", action="store_true", help="print what each reply or failure of an upstream leads to")
@@ -50,6 +53,8 @@ def run(options: argparse.Namespace) -> int:
         config = load(find_config(options.config, os.environ))
     except ConfigError as error:
         return _fail("\n".join(map(str, error.findings)), _CONFIG_ERROR)
+    if options.user is not None and options.user not in config.users:
+        return _fail(f"no such user: {options.user}", _USAGE)
     try:
         content = _read_message(options.message) if options.message else None
         router = Router(config)
@@ -59,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     except OSError as error:
         return _fail(f"cannot read {options.message}: {error.strerror}", _USAGE)
     print(_as_json(answers) if options.json else "\n\n".join(_as_text(answer) for answer in answers))
-    return 0 if all(answer["route"] and "reject" not in answer for answer in answers) else 1
+    return 0 if all(answer["route"] and not answer.keys() & {"reject", "not_the_users"} for answer in answers) else 1
 
 
 def _facts(config: "Config", options: argparse.Namespace, content: bytes | None) -> "list[Facts]":
@@ -73,7 +78,7 @@ def _facts(config: "Config", options: argparse.Namespace, content: bytes | None)
     if not recipient:
         raise AddressError("a recipient is never null")
     header_from = from_address(scan(split(content)[0]).from_values) if content is not None else ""
-    origin = Origin(options.listener or config.listeners[0].name, options.client, header_from=header_from)
+    origin = Origin(options.listener or config.listeners[0].name, options.client, options.user or "", header_from=header_from)
     return [Facts(sender, address, origin) for address in expand_alias(recipient, config)]
 
 
@@ -104,12 +109,23 @@ def _answer(config: "Config", router: "Router", facts: "Facts", content: bytes |
         "why": verdicts[-1].why if route else "no route takes it",
         "considered": [_verdict(verdict) for verdict in verdicts],
     }
+    header = _header(facts, content)
+    if reason := _not_the_users(config, facts, header):
+        answer["not_the_users"] = reason
     if route and route.reject:
         answer["reject"] = route.reject
     if route:
-        header = _header(facts, content)
         answer["upstreams"] = [_at_upstream(config, router, route, name, facts, header) for name in upstreams_of(route)]
     return answer
+
+
+def _not_the_users(config: "Config", facts: "Facts", header: bytes) -> str | None:
+    """Why the user may not send this."""
+    from relay.mail.header import scan
+    from relay.mail.permission import user_objection
+
+    user = facts.origin.user
+    return user_objection(config.users[user].senders, facts.sender, scan(header)) if user else None
 
 
 def _verdict(verdict: "Verdict") -> dict[str, Any]:
@@ -170,6 +186,8 @@ def _read_message(name: str) -> bytes:
 def _as_text(answer: dict[str, Any]) -> str:
     """The answer for a person: what happens first, then why."""
     lines = [f"{answer['sender'] or '<>'} to {answer['recipient']}"]
+    if reason := answer.get("not_the_users"):
+        lines.append(f"  not one of the senders of this user: refused with 553 5.7.1: {reason}")
     if not answer["route"]:
         lines.append("  no route takes it: refused with 550 5.7.1")
     elif "reject" in answer:

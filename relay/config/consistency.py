@@ -30,8 +30,17 @@ def problems(tree: dict[str, Any]) -> Iterator[Problem]:
         for name, upstream in upstreams.items():
             if isinstance(upstream, dict):
                 yield from _login(("upstreams", name), upstream)
+    users = tree.get("users", {})
     yield from _listeners(tree.get("listeners"))
+    yield from _doors(tree.get("listeners"))
+    yield from _line_ends(tree.get("listeners"))
+    yield from _logins(tree.get("listeners"), users)
+    yield from _encryption(tree.get("listeners"))
     yield from _routes(tree.get("routes"), names, _listener_names(tree), suggestions)
+    if isinstance(users, dict):
+        for place, route in _items(tree.get("routes")):
+            for below, user in _items(route.get("user") if isinstance(route, dict) else None):
+                yield from _unknown(("user", "routes", *place, "user", *below), user, users, suggestions)
 
 
 def _listener_names(tree: dict[str, Any]) -> _Names:
@@ -85,6 +94,55 @@ def _listeners(listeners: Any) -> Iterator[Problem]:
                 at: Any = "value" if key in item else "missing"
                 yield Problem(("listeners", *place, key), f"{value!r} is already taken by listeners[{seen[value]}]", at=at)
             seen.setdefault(value, place[0] if place and isinstance(place[0], int) else 0)
+
+
+def _line_ends(listeners: Any) -> Iterator[Problem]:
+    for place, item in _items(listeners):
+        if isinstance(item, dict) and item.get("newlines") == "legacy" and not item.get("networks"):
+            message = "legacy lets clients end mail in a way that can be abused: say in `networks` which"
+            yield Problem(("listeners", *place, "newlines"), message)
+
+
+def _doors(listeners: Any) -> Iterator[Problem]:
+    """Keys about who connects that do not fit the kind of socket."""
+    for place, item in _items(listeners):
+        if not isinstance(item, dict):
+            continue
+        path: KeyPath = ("listeners", *place)
+        bind = _text(item.get("bind", "")) or ""
+        unix = bind.startswith("unix:")
+        if "mode" in item and not unix:
+            yield Problem((*path, "mode"), "only a Unix socket that the relay makes has a mode: bind: unix:/path", at="key")
+        if unix and "networks" in item and not item.get("proxy_protocol"):
+            message = "nobody comes to a Unix socket from a network: say with `mode` who may connect"
+            yield Problem((*path, "networks"), message, at="key")
+        for below, proxy in () if bind.startswith("systemd:") else _items(item.get("proxy_protocol")):
+            user = isinstance(proxy, str) and proxy.startswith("uid:")
+            if isinstance(proxy, str) and user is not unix:
+                where = "a Unix socket is a user, as in uid:33" if unix else "the network has an address"
+                yield Problem((*path, "proxy_protocol", *below), f"a proxy that comes over {where}")
+
+
+def _encryption(listeners: Any) -> Iterator[Problem]:
+    for place, item in _items(listeners):
+        if not isinstance(item, dict):
+            continue
+        path: KeyPath = ("listeners", *place)
+        if item.get("security", "none") == "none":
+            for key in ("certificate", "key", "require_tls", "minimum_tls"):
+                if item.get(key) not in (None, False):
+                    yield Problem((*path, key), f"{key} needs security: starttls or tls", at="key")
+            continue
+        if item.get("key") is not None and item.get("certificate") is None:
+            yield Problem((*path, "key"), "there is a key but no certificate", at="key")
+        if _text(item.get("minimum_tls")) in ("1.0", "1.1") and "networks" not in item:
+            yield Problem((*path, "minimum_tls"), "versions below 1.2 are broken: name with `networks` who may still use them")
+
+
+def _logins(listeners: Any, users: Any) -> Iterator[Problem]:
+    for place, item in _items(listeners):
+        if isinstance(item, dict) and item.get("auth") in ("optional", "required") and users in ({}, None):
+            yield Problem(("listeners", *place, "auth"), "nobody can log in: there are no `users`")
 
 
 def _routes(routes: Any, upstreams: _Names, listeners: _Names, suggestions: Suggestions) -> Iterator[Problem]:

@@ -3,12 +3,25 @@
 No section knows another one here, and nothing is said about what a key means: that is `config.model`. Pure.
 """
 
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema
 
-from relay.config import values
-from relay.config.values import Network
+from relay.config import machine, values
+from relay.config.password import CREDENTIAL_LIMIT_BYTES, checked, parse_hash
+from relay.config.secrets import SECRET_SCHEMA, Secret, resolve
+from relay.config.values import Network, Uid
+
+
+class Section(BaseModel):
+    """A mapping of the file: frozen, and it takes no key that it does not know."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, populate_by_name=True, arbitrary_types_allowed=True, hide_input_in_errors=True
+    )
 
 
 def listed(value: Any) -> Any:
@@ -33,6 +46,39 @@ def one_of(known: tuple[str, ...], *, pending: tuple[str, ...]) -> BeforeValidat
     return BeforeValidator(check)
 
 
+def check_credential(value: str) -> str:
+    """A user name or password, for us or for an upstream: aiosmtplib and most servers end at the same number of bytes."""
+    if len(value) > CREDENTIAL_LIMIT_BYTES or len(value.encode(errors="replace")) > CREDENTIAL_LIMIT_BYTES:
+        raise ValueError(f"must have at most {CREDENTIAL_LIMIT_BYTES} bytes")
+    return values.parse_text(value)
+
+
+def _secret(check: Callable[[str], object]) -> BeforeValidator:
+    def read(value: Any, info: ValidationInfo) -> Secret:
+        context: dict[str, Any] = info.context or {}
+        environ, base = context.get("environ", os.environ), context.get("base", Path())
+        return resolve(values.as_written(value), environ, base=base, check=check)
+
+    return BeforeValidator(read, json_schema_input_type=Annotated[Any, WithJsonSchema(SECRET_SCHEMA)])
+
+
+def _pem(checked: Callable[[Path], Path]) -> BeforeValidator:
+    def read(value: Any, info: ValidationInfo) -> Any:
+        value = values.as_written(value)
+        if value is None or isinstance(value, Path):
+            return value
+        if not isinstance(value, str) or not value:
+            raise ValueError("must be the name of a file")
+        return checked(Path((info.context or {}).get("base", Path()), Path(value).expanduser()))
+
+    return BeforeValidator(read, json_schema_input_type=str | None)
+
+
+CertificateFile = Annotated[Path | None, _pem(machine.certificate_file)]
+KeyFile = Annotated[Path | None, _pem(machine.key_file)]
+Password = Annotated[Secret, _secret(check_credential)]
+UserPassword = Annotated[Secret, _secret(checked)]
+PasswordHash = Annotated[Secret, _secret(parse_hash)]
 Text = Annotated[str, BeforeValidator(values.as_written), AfterValidator(values.parse_text)]
 Name = Annotated[Text, AfterValidator(values.parse_name)]
 Address = Annotated[Text, AfterValidator(values.parse_address)]
@@ -78,6 +124,10 @@ def null_or_list(item: Any) -> BeforeValidator:
 Condition = Annotated[Text, AfterValidator(values.parse_condition)]
 RecipientCondition = Annotated[Text, AfterValidator(values.parse_recipient_condition)]
 Permission = Annotated[Text, AfterValidator(values.parse_permission)]
+UserPermission = Annotated[Text, AfterValidator(values.parse_user_permission)]
+UserName = Annotated[Text, AfterValidator(checked)]
 SourceNetwork = Annotated[Network, BeforeValidator(values.parse_network)]
+Source = Annotated[Network | Uid, BeforeValidator(values.parse_source)]
+TrustedSource = Annotated[Network | Uid, BeforeValidator(values.parse_trusted_source)]
 ClientNetwork = Annotated[Network, BeforeValidator(values.parse_client_network)]
 NonEmpty = Field(min_length=1)

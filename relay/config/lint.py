@@ -8,16 +8,19 @@ every route which conditions could cover its own, and looks these up: its time g
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import product
+from math import prod
 from typing import Final
 
 from relay.config.findings import Problem
+from relay.config.listeners import Listener
 from relay.config.model import Config, Route, Upstream
-from relay.config.values import Network
+from relay.config.values import Network, Uid
 from relay.mail.address import domain_of, local_of
 
 _COMBINATIONS: Final = 2000  # a route with more of them than this is not looked at
 _NAMES: Final = 5
-_Case = tuple[str, str, str, Network | None]  # sender, recipient and listener ("": any), client
+_EXPOSED: Final = "a secret in a file that others can read: chmod 600, or use {env: …}, {file: …} or {credential: …}"
+_Case = tuple[str, str, str, str, Network | Uid | None]  # sender, recipient, user and listener ("": any), client
 
 
 def unguarded(config: Config, *, exposed: bool) -> Iterator[Problem]:
@@ -25,11 +28,21 @@ def unguarded(config: Config, *, exposed: bool) -> Iterator[Problem]:
     for name, upstream in config.upstreams.items():
         for key, message in _unguarded(upstream, exposed=exposed):
             yield Problem(("upstreams", name, key), message, "warning")
+    for name, user in config.users.items():
+        if exposed and user.password is not None and user.password.is_plain:
+            yield Problem(("users", name, "password"), f"{_EXPOSED}, or a password_hash", "warning")
+    for place, listener in enumerate(config.listeners):
+        if listener.auth != "none" and listener.auth_without_tls and listener.security != "tls" and not _is_local(listener):
+            message = "passwords of apps may come over the network in clear text"
+            yield Problem(("listeners", place, "auth_without_tls"), message, "warning")
 
 
 def improbable(config: Config) -> Iterator[Problem]:
     """What nobody writes on purpose."""
     yield from _unused(config)
+    yield from _useless_logins(config)
+    yield from _proxied(config)
+    yield from _never_reached(config)
     yield from _open_senders(config)
     yield from _unreachable(config.routes)
     yield from _too_late(config)
@@ -66,7 +79,7 @@ def _addresses(host: str) -> list[IPv4Address | IPv6Address]:
 def _unguarded(upstream: Upstream, *, exposed: bool) -> Iterator[tuple[str, str]]:
     local = all(_is_loopback(host) for host in upstream.host)
     if exposed and upstream.password is not None and upstream.password.is_plain:
-        yield "password", "a secret in a file that others can read: chmod 600, or use {env: …}, {file: …} or {credential: …}"
+        yield "password", _EXPOSED
     if upstream.security == "none" and upstream.password is not None and upstream.auth != "none" and not local:
         yield "security", "the password goes over the network in clear text"
     if not upstream.verify and upstream.security != "none" and not local:
@@ -82,6 +95,32 @@ def _unused(config: Config) -> Iterator[Problem]:
     for name in config.upstreams:
         if name not in used:
             yield Problem(("upstreams", name), "no route uses this upstream", "warning", at="key")
+
+
+def _useless_logins(config: Config) -> Iterator[Problem]:
+    """Logins that nobody is asked for, and those that nobody is offered."""
+    if config.users and all(listener.auth == "none" for listener in config.listeners):
+        yield Problem(("users",), "no listener takes logins: set `auth` on one", "warning", at="key")
+    for place, listener in enumerate(config.listeners):
+        if listener.auth_exempt and listener.auth != "required":
+            message = "nobody needs a login here: auth_exempt says nothing without `auth: required`"
+            yield Problem(("listeners", place, "auth_exempt"), message, "warning")
+        if listener.auth != "none" and listener.security == "none" and not listener.auth_without_tls and not _is_local(listener):
+            message = "AUTH is offered only under TLS or from this machine: set `security`, or no other client can log in"
+            yield Problem(("listeners", place, "auth"), message, "warning")
+
+
+def _is_local(listener: Listener) -> bool:
+    """Whether all its clients are on this machine."""
+    return listener.bind.startswith("unix:") or _is_loopback(listener.host) or all(network.is_loopback for network in listener.networks)
+
+
+def _proxied(config: Config) -> Iterator[Problem]:
+    """Proxies that could as well not be there."""
+    for place, listener in enumerate(config.listeners):
+        if listener.proxy_protocol and "networks" not in listener.model_fields_set and listener.auth != "required":
+            message = "clients behind the proxy are known by their own addresses, and without `networks` only loopback may connect"
+            yield Problem(("listeners", place, "proxy_protocol"), message, "warning")
 
 
 def _open_senders(config: Config) -> Iterator[Problem]:
@@ -100,6 +139,14 @@ def _open_senders(config: Config) -> Iterator[Problem]:
     yield Problem(("upstreams",), message, "warning", at="key")
 
 
+def _never_reached(config: Config) -> Iterator[Problem]:
+    """Limits behind narrower ones."""
+    for place, listener in enumerate(config.listeners):
+        if listener.connections_per_client is not None and listener.connections_per_client > listener.connections:
+            message = f"is never reached: the listener has {listener.connections} connections in all"
+            yield Problem(("listeners", place, "connections_per_client"), message, "warning")
+
+
 def _too_late(config: Config) -> Iterator[Problem]:
     """Fallbacks for which nothing is left to send."""
     for place, route in enumerate(config.routes):
@@ -111,12 +158,14 @@ def _too_late(config: Config) -> Iterator[Problem]:
 
 def _unreachable(routes: tuple[Route, ...]) -> Iterator[Problem]:
     taken: dict[_Case, int] = {}
-    lengths: set[tuple[int, int]] = {(client.version, client.prefixlen) for route in routes for client in route.client}
+    lengths: set[tuple[int, int]] = {
+        (client.version, client.prefixlen) for route in routes for client in route.client if not isinstance(client, Uid)
+    }
     for place, route in enumerate(routes):
-        count = len(route.sender) * max(len(route.recipient), 1) * max(len(route.listener), 1) * max(len(route.client), 1)
-        if count > _COMBINATIONS:
+        others = (route.recipient or ("",), route.user or ("",), route.listener or ("",), route.client or (None,))
+        if prod(map(len, (route.sender, *others))) > _COMBINATIONS:
             continue
-        cases = list(product(route.sender, route.recipient or ("",), route.listener or ("",), route.client or (None,)))
+        cases: list[_Case] = list(product(route.sender, *others))
         covering = [_covering(case, taken, lengths) for case in cases]
         if None not in covering:
             before = sorted({earlier for earlier in covering if earlier is not None})
@@ -129,12 +178,13 @@ def _unreachable(routes: tuple[Route, ...]) -> Iterator[Problem]:
 
 def _covering(case: _Case, taken: dict[_Case, int], lengths: set[tuple[int, int]]) -> int | None:
     """The earlier route that takes everything this case speaks of."""
-    sender, recipient, listener, client = case
+    sender, recipient, user, listener, client = case
     wider = product(
         _wider_addresses(sender),
         (*_wider_addresses(recipient), "") if recipient else ("",),
+        (user, "") if user else ("",),
         (listener, "") if listener else ("",),
-        (*_wider_networks(client, lengths), None) if client else (None,),
+        (*_wider_sources(client, lengths), None) if client else (None,),
     )
     return next((taken[candidate] for candidate in wider if candidate in taken), None)
 
@@ -158,7 +208,10 @@ def _wider_addresses(condition: str) -> list[str]:
     return [*found, "*"]
 
 
-def _wider_networks(client: Network, lengths: set[tuple[int, int]]) -> Iterator[Network]:
+def _wider_sources(client: Network | Uid, lengths: set[tuple[int, int]]) -> Iterator[Network | Uid]:
+    if isinstance(client, Uid):
+        yield client
+        return
     for version, length in lengths:
         if version == client.version and length <= client.prefixlen:
             yield client.supernet(new_prefix=length)

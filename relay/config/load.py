@@ -109,7 +109,11 @@ def examine(path: str | Path, environ: Mapping[str, str] = os.environ, *, thorou
 def _untrustworthy(config: Config) -> list[Problem]:
     first = {item.ca_file: name for name, item in reversed(config.upstreams.items()) if item.ca_file}
     faults = ((name, machine.trust_fault(path)) for path, name in first.items())
-    return [Problem(("upstreams", name, "ca_file"), fault) for name, fault in faults if fault]
+    found = [Problem(("upstreams", name, "ca_file"), fault) for name, fault in faults if fault]
+    for place, listener in enumerate(config.listeners):
+        if listener.certificate is not None and (fault := machine.pair_fault(listener.certificate, listener.key)):
+            found.append(Problem(("listeners", place, "certificate"), fault))
+    return found
 
 
 class _Unreadable(Exception):

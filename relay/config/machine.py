@@ -50,6 +50,37 @@ def certificate_file(path: Path) -> Path:
     return path
 
 
+def key_file(path: Path) -> Path:
+    """`path` again, once it is known to hold a PEM private key. Raises ValueError."""
+    try:
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error.strerror if isinstance(error, OSError) else 'no file name'}") from None
+    if b"PRIVATE KEY-----" not in content:
+        raise ValueError(f"{path} holds no PEM private key (no BEGIN … PRIVATE KEY line)")
+    return path
+
+
+def pair_fault(certificate: Path, key: Path | None) -> str:
+    """What OpenSSL has against a server's certificate with its key; `""` when it takes them. No key: it is in the same file."""
+    import ssl  # see trust_fault
+
+    def ask() -> str:
+        raise ValueError(f"the key in {key or certificate} has a passphrase, and nobody is there to type it: store it without one")
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=ask)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            return f"the key in {key} is not that of the certificate in {certificate}" if key else f"the key in {certificate} is another's"
+        if key is None and b"PRIVATE KEY-----" not in certificate.read_bytes():
+            return f"there is no key: name its file with `key`, or add it to {certificate}"
+        return f"OpenSSL cannot use {certificate} with {key or 'the key in it'}: {error.reason or error.strerror or error}"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
 def trust_fault(path: Path) -> str:
     """What OpenSSL has against the certificates in `path`; `""` when it takes them."""
     import ssl  # 20 ms that `relay serve` spends when it first connects, and only `relay check` earlier

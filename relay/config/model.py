@@ -6,25 +6,21 @@ unwise in `config.lint`. Context for validation: `environ` and `base`, where rel
 """
 
 import os
-from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationInfo,
-    WithJsonSchema,
     model_validator,
 )
 
 from relay.config import machine, values
 from relay.config.fields import (
     Address,
-    ClientNetwork,
+    CertificateFile,
     Condition,
     Count,
     Domain,
@@ -34,47 +30,27 @@ from relay.config.fields import (
     Host,
     Name,
     NonEmpty,
+    Password,
     Permission,
     Port,
     Positive,
     RecipientCondition,
+    Section,
     Sequence,
     Size,
     SizeOrNone,
-    SourceNetwork,
+    Source,
     Text,
+    UserName,
+    check_credential,
     listed,
     null_or_list,
     one_of,
     one_or_list,
 )
-from relay.config.secrets import SECRET_SCHEMA, Secret, resolve
+from relay.config.listeners import Listener, User
 
 PORTS: Final = {"starttls": 587, "tls": 465, "none": 25}
-LOOPBACK: Final = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
-_SOCKET_PATH_LIMIT: Final = 107  # unix(7): 108 bytes with the null byte that ends it
-_CREDENTIAL_LIMIT: Final = 255  # aiosmtplib and most servers end there; RFC 4616 sets the same bound
-
-
-def _secret(value: Any, info: ValidationInfo) -> Secret:
-    context: dict[str, Any] = info.context or {}
-    environ, base = context.get("environ", os.environ), context.get("base", Path())
-    return resolve(values.as_written(value), environ, base=base, check=_check_credential)
-
-
-def _check_credential(value: str) -> str:
-    if len(value) > _CREDENTIAL_LIMIT or len(value.encode(errors="replace")) > _CREDENTIAL_LIMIT:
-        raise ValueError(f"must have at most {_CREDENTIAL_LIMIT} bytes")
-    return values.parse_text(value)
-
-
-def _certificate_file(value: Any, info: ValidationInfo) -> Any:
-    value = values.as_written(value)
-    if value is None or isinstance(value, Path):
-        return value
-    if not isinstance(value, str) or not value:
-        raise ValueError("must be the name of a file")
-    return machine.certificate_file(Path((info.context or {}).get("base", Path()), Path(value).expanduser()))
 
 
 def _spool_directory(value: Any, info: ValidationInfo) -> Any:
@@ -98,9 +74,9 @@ def _control_socket(value: Any, info: ValidationInfo) -> Any:
         path = Path(value).expanduser()
     else:
         raise ValueError("must be the path of a socket")
-    if (length := len(os.fsencode(path))) > _SOCKET_PATH_LIMIT:
+    if (length := len(os.fsencode(path))) > values.SOCKET_PATH_LIMIT:
         shorter = "name a shorter path" if value is not None else "name a shorter path with `control`"
-        raise ValueError(f"the control socket {path} has {length} bytes, a socket's path at most {_SOCKET_PATH_LIMIT}: {shorter}")
+        raise ValueError(f"the control socket {path} has {length} bytes, a socket's path at most {values.SOCKET_PATH_LIMIT}: {shorter}")
     return path
 
 
@@ -143,42 +119,7 @@ def _named_routes(value: "tuple[Route, ...]") -> "tuple[Route, ...]":
     return tuple(route if route.name else route.model_copy(update={"name": f"routes[{place}]"}) for place, route in enumerate(value))
 
 
-_SecretInput = Annotated[Any, WithJsonSchema(SECRET_SCHEMA)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, populate_by_name=True, arbitrary_types_allowed=True, hide_input_in_errors=True
-    )
-
-
-class Listener(_Section):
-    """Where apps connect, and who may."""
-
-    bind: Annotated[Text, AfterValidator(values.parse_bind)] = Field(default="127.0.0.1:2525", description='host:port or "[v6]:port"')
-    name: Name = Field(default_factory=lambda data: data.get("bind", ""), description="what a route's `listener` says; default: the bind")
-    networks: Annotated[tuple[ClientNetwork, ...], one_or_list(str), NonEmpty] = Field(
-        default=LOOPBACK, description="who may connect; default: loopback"
-    )
-    message_size: Size = Field(default=50_000_000, description="the largest message")
-    recipients: Count = Field(default=1000, description="per message")
-    connections: Count = Field(default=1000, description="at once")
-    newlines: Annotated[Literal["normalize"], one_of(("normalize",), pending=("reject", "legacy"))] = Field(
-        default="normalize", description="what happens to a bare CR or LF"
-    )
-    security: Annotated[Literal["none"], one_of(("none",), pending=("starttls", "tls"))] = "none"
-    auth: Annotated[Literal["none"], one_of(("none",), pending=("optional", "required"))] = "none"
-
-    @property
-    def host(self) -> str:
-        return values.split_bind(self.bind)[0]
-
-    @property
-    def port(self) -> int:
-        return values.split_bind(self.bind)[1]
-
-
-class Limits(_Section):
+class Limits(Section):
     """How much at once an upstream gets."""
 
     connections: Count = Field(default=5, description="at once")
@@ -186,7 +127,7 @@ class Limits(_Section):
     messages_per_connection: Count = 100
 
 
-class Timeouts(_Section):
+class Timeouts(Section):
     """How long an upstream may take."""
 
     connect: Positive = Field(default=30.0, description="TCP and TLS")
@@ -195,7 +136,7 @@ class Timeouts(_Section):
     final: Positive = Field(default=600.0, description="the reply after the last octet")  # RFC 5321 section 4.5.3.2.6
 
 
-class Upstream(_Section):
+class Upstream(Section):
     """A next hop with its credential and limits."""
 
     description: Text = ""
@@ -204,12 +145,10 @@ class Upstream(_Section):
     port: Port = Field(
         default_factory=lambda data: PORTS[data.get("security", "starttls")], description="default by security: 587, 465, 25"
     )
-    ca_file: Annotated[Path | None, BeforeValidator(_certificate_file, json_schema_input_type=str | None)] = Field(
-        default=None, description="default: the system's trust store"
-    )
+    ca_file: CertificateFile = Field(default=None, description="default: the system's trust store")
     verify: bool = Field(default=True, description="check the certificate and its name")
-    username: Annotated[Text, AfterValidator(_check_credential)] | None = None
-    password: Annotated[Secret, BeforeValidator(_secret, json_schema_input_type=_SecretInput)] | None = None
+    username: Annotated[Text, AfterValidator(check_credential)] | None = None
+    password: Password | None = None
     auth: Annotated[
         Literal["auto", "plain", "login", "cram-md5", "none"],
         one_of(("auto", "plain", "login", "cram-md5", "none"), pending=("xoauth2",)),
@@ -224,7 +163,7 @@ class Upstream(_Section):
     timeouts: Timeouts = Timeouts()
 
 
-class FromRewrite(_Section):
+class FromRewrite(Section):
     """What the header From becomes. What is None stays as the app wrote it."""
 
     name: Text | None = None
@@ -237,7 +176,7 @@ class FromRewrite(_Section):
         return self
 
 
-class Rewrite(_Section):
+class Rewrite(Section):
     """What changes in a message on its way to an upstream."""
 
     from_: Annotated[FromRewrite | None, BeforeValidator(_from_rewrite, json_schema_input_type=str | FromRewrite | None)] = Field(
@@ -260,7 +199,7 @@ class Rewrite(_Section):
 NO_REWRITE: Final = Rewrite()
 
 
-class Fallback(_Section):
+class Fallback(Section):
     """The next upstream of a route, when the one before cannot be used."""
 
     upstream: Text
@@ -268,7 +207,7 @@ class Fallback(_Section):
     rewrite: Rewrite | None = Field(default=None, description="laid over the route's rewrite key by key; null unsets one")
 
 
-class Retry(_Section):
+class Retry(Section):
     """When a deferred message is tried again: exponentially, with jitter."""
 
     first: Positive = Field(default=60.0, description="before the second attempt")
@@ -285,7 +224,7 @@ class Retry(_Section):
         return self
 
 
-class Route(_Section):
+class Route(Section):
     """A rule: conditions that must all hold, and where the message then goes. In a list of values any one may hold."""
 
     name: Name = Field(default="", description="default: its place, such as routes[0]")
@@ -295,9 +234,10 @@ class Route(_Section):
     recipient: Annotated[tuple[RecipientCondition, ...], one_or_list(str), NonEmpty] = Field(
         default=(), description='example.com, "*.example.com", user@example.com or "*"'
     )
-    client: Annotated[tuple[SourceNetwork, ...], one_or_list(str), NonEmpty] = Field(
-        default=(), description="addresses and networks of apps"
+    client: Annotated[tuple[Source, ...], one_or_list(str), NonEmpty] = Field(
+        default=(), description="addresses and networks of apps, or uid:1000 for a user of this machine on a Unix socket"
     )
+    user: Annotated[tuple[UserName, ...], one_or_list(str), NonEmpty] = Field(default=(), description="names of users, as they log in")
     listener: Annotated[tuple[Text, ...], one_or_list(str), NonEmpty] = Field(default=(), description="names of listeners")
     upstream: Text | None = None
     reject: Annotated[Text, AfterValidator(_reject_text)] | None = Field(default=None, description="refuse with this text: 550 5.7.1")
@@ -311,7 +251,7 @@ class Route(_Section):
     )
 
 
-class SpoolSettings(_Section):
+class SpoolSettings(Section):
     """Where accepted mail is kept."""
 
     directory: Annotated[Path, BeforeValidator(_spool_directory, json_schema_input_type=str)] = Field(
@@ -322,14 +262,14 @@ class SpoolSettings(_Section):
     keep_log: Duration = Field(default=2_592_000.0, description="how long the delivery log keeps a line")
 
 
-class LogSettings(_Section):
+class LogSettings(Section):
     """How events are written."""
 
     format: Literal["text", "json"] = "text"
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-class Config(_Section):
+class Config(Section):
     """The whole file."""
 
     hostname: Domain = Field(default_factory=machine.default_hostname, description="for EHLO and Received; default: the machine's name")
@@ -341,6 +281,7 @@ class Config(_Section):
         default_factory=dict, description="recipients that stand for others, after completion"
     )
     listeners: Annotated[tuple[Listener, ...], Sequence, NonEmpty] = (Listener(),)
+    users: dict[UserName, User] = Field(default_factory=dict, description="the apps that log in to us, by name")
     upstreams: dict[Annotated[Text, AfterValidator(values.parse_upstream_name)], Upstream] = Field(default_factory=dict)
     routes: Annotated[tuple[Route, ...], Sequence, AfterValidator(_named_routes)] = Field(
         default=(), description="the first match wins; without a match a sender is refused"

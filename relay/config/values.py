@@ -5,8 +5,10 @@ wrote it. Numbers that stood in the file without quotes come as `Whole` or `Deci
 `1.2` can be text, and a bare `30` can be refused as a duration. Pure.
 """
 
+import os
 import re
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, Final
 
 from relay.mail.address import AddressError, folded, is_mailbox, normalize_domain, parse_path
@@ -17,6 +19,10 @@ _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?(ms|s|m|h|d)")
 _DURATION_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?) ?([kKMGT]i?)?B")
 _SIZE_POWERS: Final = {"K": 1, "M": 2, "G": 3, "T": 4}
+_UID = re.compile(r"uid:(0|[1-9][0-9]{0,9})")
+_MODE = re.compile(r"0?[0-7]{3}")
+_UNIX, _SYSTEMD = "unix:", "systemd:"
+_FD_NAME = re.compile(r"[!-9;-~]{1,255}")  # sd_listen_fds_with_names(3): printable ASCII without colons
 _BIND = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\[\]:/\s]+)):(\d{1,5})")
 _HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 _HEADER_NAME = re.compile(r"[!-9;-~]{1,76}")  # RFC 5322 section 2.2: printable ASCII without the colon
@@ -24,6 +30,8 @@ _NAMED_ADDRESS = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|([^<>"]*?))\s*<([^<>]*)>
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _MAPPED: Final = IPv6Network("::ffff:0:0/96")
 _RESERVED_HEADERS: Final = {"received", "return-path", "bcc"}
+#: unix(7): 108 bytes with the null byte that ends it.
+SOCKET_PATH_LIMIT: Final = 107
 
 
 class Whole(int):
@@ -36,6 +44,16 @@ class Decimal(float):
     """A number with a fraction that stood in the file without quotes."""
 
     written: str
+
+
+@dataclass(frozen=True, slots=True)
+class Uid:
+    """A user of this machine, as a Unix socket tells."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"uid:{self.number}"
 
 
 def as_written(value: Any) -> Any:
@@ -105,7 +123,7 @@ def parse_network(value: Any) -> Network:
     if not isinstance(value, str):
         raise ValueError("must be a network such as 10.0.0.0/8, or an address")
     if value.startswith("uid:"):
-        raise ValueError("a client by uid: is not available yet")
+        raise ValueError("a user of this machine comes over a Unix socket, which has no networks")
     try:
         network = ip_network(value, strict=False)
     except ValueError:
@@ -118,9 +136,50 @@ def parse_network(value: Any) -> Network:
     return network
 
 
+def parse_source(value: Any) -> Network | Uid:
+    """Where a client may come from: a network, an address, or `uid:1000` for a user of this machine, over a Unix socket."""
+    value = as_written(value)
+    if isinstance(value, Uid):
+        return value
+    if not isinstance(value, str) or not value.startswith("uid:"):
+        return parse_network(value)
+    match = _UID.fullmatch(value)
+    if not match or int(match[1]) >= 2**32 - 1:
+        raise ValueError(f"{value!r}: a user is a number, as in uid:1000")
+    return Uid(int(match[1]))
+
+
 def parse_client_network(value: Any) -> Network:
     """A network whose hosts may connect without a password: never so wide that strangers are in it."""
-    network = parse_network(value)
+    return narrow(parse_network(value))
+
+
+def parse_trusted_source(value: Any) -> Network | Uid:
+    """Where those connect who are believed."""
+    source = parse_source(value)
+    return source if isinstance(source, Uid) else narrow(source)
+
+
+def client_of(text: str) -> IPv4Address | IPv6Address | Uid | None:
+    """A client as `is_from` looks at it, an IPv4 one out of its IPv6 clothes; None for what is neither an address nor a user."""
+    if match := _UID.fullmatch(text):
+        return Uid(int(match[1]))
+    try:
+        address = ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
+
+
+def is_from(client: IPv4Address | IPv6Address | Uid | None, sources: tuple[Network | Uid, ...]) -> bool:
+    """Whether a client comes from one of these."""
+    if client is None or isinstance(client, Uid):
+        return client in sources
+    return any(client in source for source in sources if not isinstance(source, Uid))
+
+
+def narrow(network: Network) -> Network:
+    """The network again, once it holds no strangers."""
     widest = 8 if network.version == 4 else 16
     if network.prefixlen < widest:
         raise ValueError(f"{network} is wider than /{widest}: that would be an open relay")
@@ -128,13 +187,22 @@ def parse_client_network(value: Any) -> Network:
 
 
 def parse_bind(value: str) -> str:
-    """Check `host:port` or `[v6]:port` and return it as it is."""
-    if value.startswith(("unix:", "systemd:")):
-        raise ValueError(f"a {value.partition(':')[0]}: listener is not available yet")
+    """Check `host:port`, `[v6]:port`, `unix:/path` or `systemd:NAME`, and return it as it is."""
+    if value.startswith(_UNIX):
+        path = value.removeprefix(_UNIX)
+        if not path.startswith("/") or path.endswith("/"):
+            raise ValueError("the path of a Unix socket begins with /, as in unix:/run/relay/smtp.sock")
+        if (length := len(os.fsencode(path))) > SOCKET_PATH_LIMIT:
+            raise ValueError(f"the path has {length} bytes, a socket's path at most {SOCKET_PATH_LIMIT}")
+        return value
+    if value.startswith(_SYSTEMD):
+        if not _FD_NAME.fullmatch(value.removeprefix(_SYSTEMD)):
+            raise ValueError("must be systemd: and the name that the socket unit gives, its FileDescriptorName=")
+        return value
     match = _BIND.fullmatch(value)
     if not match:
         hint = "; an IPv6 address stands in brackets" if value.count(":") > 1 else ""
-        raise ValueError(f"must be host:port, such as 127.0.0.1:2525 or [::1]:2525{hint}")
+        raise ValueError(f"must be host:port, such as 127.0.0.1:2525 or [::1]:2525, unix:/path or systemd:NAME{hint}")
     if int(match[3]) > 65535:
         raise ValueError("the port must be at most 65535")
     if match[1] is not None:
@@ -145,9 +213,30 @@ def parse_bind(value: str) -> str:
 
 
 def split_bind(bind: str) -> tuple[str, int]:
-    """Host, without brackets, and port of a checked bind."""
+    """Host, without brackets, and port of a checked bind; `""` and 0 for a socket that has none."""
+    if bind.startswith((_UNIX, _SYSTEMD)):
+        return "", 0
     host, _, port = bind.rpartition(":")
     return host.strip("[]"), int(port)
+
+
+def socket_path(bind: str) -> str:
+    """The path of a Unix socket; `""` for any other checked bind."""
+    return bind.removeprefix(_UNIX) if bind.startswith(_UNIX) else ""
+
+
+def inherited_name(bind: str) -> str:
+    """The name under which systemd hands a socket over; `""` for any other checked bind."""
+    return bind.removeprefix(_SYSTEMD) if bind.startswith(_SYSTEMD) else ""
+
+
+def parse_socket_mode(value: Any) -> int:
+    """The permissions of a Unix socket: `"0660"`. Numbers from code, not from a file, already are what they say."""
+    if isinstance(value, int) and not isinstance(value, bool | Whole):
+        return value
+    if not isinstance(value, str) or not _MODE.fullmatch(value):
+        raise ValueError('must be octal digits in quotes, such as "0660"')
+    return int(value, 8)
 
 
 def parse_ip(value: str) -> str:
@@ -250,6 +339,11 @@ def parse_permission(value: str) -> str:
     if value.startswith("*."):
         raise ValueError(f"{value!r}: patterns are not possible here; name each domain, such as {value[2:]}")
     return parse_condition(value)
+
+
+def parse_user_permission(value: str) -> str:
+    """What a user's `senders` may hold: as for an upstream, and `*` for anybody, which nobody gets without saying so."""
+    return value if value == "*" else parse_permission(value)
 
 
 def parse_recipient_condition(value: str) -> str:

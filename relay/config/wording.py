@@ -9,13 +9,14 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ValidationError
 
-from relay.config import model
+from relay.config import listeners, model
 from relay.config.findings import KeyPath, Problem, Suggestions, holds_secret, kind_of
 
 _ANY: Final = "*"
 _SECTIONS: Final[dict[KeyPath, type[BaseModel]]] = {
     (): model.Config,
-    ("listeners", _ANY): model.Listener,
+    ("listeners", _ANY): listeners.Listener,
+    ("users", _ANY): listeners.User,
     ("upstreams", _ANY): model.Upstream,
     ("upstreams", _ANY, "limits"): model.Limits,
     ("upstreams", _ANY, "timeouts"): model.Timeouts,
@@ -33,13 +34,11 @@ _SECTIONS: Final[dict[KeyPath, type[BaseModel]]] = {
     ("spool",): model.SpoolSettings,
     ("log",): model.LogSettings,
 }
-_LISTENER_KEYS_TO_COME: Final = "certificate key require_tls minimum_tls auth_exempt auth_without_tls proxy_protocol connections_per_client"
 _YET_TO_COME: Final[dict[KeyPath, str]] = {
-    (): "users dkim soft_bounce admin include tenants tests secrets",
-    ("listeners", _ANY): _LISTENER_KEYS_TO_COME,
+    (): "dkim soft_bounce admin include tenants tests secrets",
     ("upstreams", _ANY): "provider oauth2 client_certificate client_key probe",
     ("upstreams", _ANY, "limits"): "rate recipient_rate",
-    ("routes", _ANY): "header user verified_only redirect discard soft_bounce",
+    ("routes", _ANY): "header verified_only redirect discard soft_bounce",
     ("spool",): "postgresql node ephemeral",
     ("log",): "addresses subjects",
 }
@@ -101,7 +100,8 @@ def _place(loc: tuple[int | str, ...], tree: Any) -> tuple[KeyPath, Any, bool]:
 
 def _pattern(path: KeyPath) -> KeyPath:
     """`path` with a star for list places and for the names people choose."""
-    return tuple(_ANY if isinstance(part, int) or (place == 1 and path[0] == "upstreams") else part for place, part in enumerate(path))
+    named = path[:1] in (("users",), ("upstreams",))
+    return tuple(_ANY if isinstance(part, int) or (place == 1 and named) else part for place, part in enumerate(path))
 
 
 def _unknown_key(path: KeyPath, suggestions: Suggestions) -> str:

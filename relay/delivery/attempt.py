@@ -21,6 +21,7 @@ from relay.mail.content import has_dot_line
 from relay.mail.envelope import Facts
 from relay.mail.outcome import Failure, Outcome, Phase, Scope, Status, outcome_of_failure
 from relay.mail.permission import objection, report_author
+from relay.mail.reply import Reply
 from relay.mail.rewrite import Rewrite, envelope_sender, rewrite_header
 from relay.observe.journal import Journal
 from relay.routing import Router, upstreams_of
@@ -34,6 +35,12 @@ _HEAD_BYTES = 1024 * 1024 + 64 * 1024  # a header block may have 1 MiB
 # Codes that say "not more at once" rather than "not this one", where others of the transaction were taken (RFC 5321 section 4.5.3.1.10).
 _TOO_MANY = (452, 552)
 _CROWD_SECONDS = 3600.0
+
+# At RCPT: no reply, the end of the session, and what is wrong with the login.
+_OF_ALL = (0, 421, 530, 534, 535, 538)
+
+# The machine lacks something for the moment; with the file there is nothing wrong.
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Result(NamedTuple):
@@ -94,12 +101,12 @@ class Attempts:
         lane, now = claim.lane, self._clock.now()
         known = self._router.route(lane.route)
         recipients = [r.address for r in claim.envelope.recipients]
-        if known is not None and known.upstream is not None and (rules := self._router.rewrite_for(known, known.upstream)) is not None:
-            # The hidden copy was never routed: it goes where the others go, and where it went with them once they are done.
-            recipients = [address for address in recipients if address != rules.bcc]
         if _is_report(claim):
             routes = [self._router.report_route(address, claim.origin, came_by=lane.route) for address in recipients]
         else:
+            if known is not None and known.upstream is not None and (rules := self._router.rewrite_for(known, known.upstream)) is not None:
+                # The hidden copy was never routed: it goes where the others go, and where it went with them once they are done.
+                recipients = [address for address in recipients if address != rules.bcc]
             routes = [self._router.match(Facts(claim.envelope.sender, address, claim.origin)).route for address in recipients] or [known]
         route = routes[0]
         if len({each.name if each is not None else "" for each in routes}) > 1:
@@ -124,6 +131,11 @@ class Attempts:
         try:
             head, rest = await self._read(claim.content)
         except OSError as error:
+            if error.errno in _PASSING:
+                self._journal.fault("reading a message", error, id=claim.id)
+                reply = Reply(0, "", f"its content cannot be read now: {error.strerror}")
+                outcome = Outcome(Status.DEFERRED, Scope.MESSAGE, Phase.RESOLVE, reply)
+                return Result(dict.fromkeys((r.address for r in claim.envelope.recipients), outcome))
             held = f"its content cannot be read: {error.strerror}"  # without end: a person must see it, and may find the file again
             return Result(untried(claim), Next(math.inf, claim.lane, counted=False, held=held))
         original = header.block_of(head)
@@ -178,7 +190,7 @@ class Attempts:
                 waiting = again + waiting
                 for recipient in again:
                     del outcomes[recipient.address]
-            elif fault := next((result for result in results if result.scope in (Scope.UPSTREAM, Scope.CREDENTIAL)), None):
+            elif fault := next(filter(_speaks_for_all, results), None):
                 outcomes |= dict.fromkeys((r.address for r in waiting), fault._replace(in_doubt=False))
                 break
 
@@ -221,6 +233,13 @@ def untried(claim: Claim) -> dict[str, Outcome]:
     """Outcomes for a message that goes elsewhere without having been tried."""
     outcome = outcome_of_failure(Phase.RESOLVE, Failure.UNREACHABLE, "not tried")
     return dict.fromkeys((r.address for r in claim.envelope.recipients), outcome)
+
+
+def _speaks_for_all(outcome: Outcome) -> bool:
+    """Whether those not yet tried would fare alike. Who may not be relayed to, or does not like the sender, speaks for himself."""
+    if outcome.phase is Phase.RCPT and not outcome.throttled and outcome.reply.code not in _OF_ALL:
+        return False
+    return outcome.scope in (Scope.UPSTREAM, Scope.CREDENTIAL)
 
 
 def _is_too_many(outcome: Outcome) -> bool:

@@ -8,6 +8,7 @@ a report is routed as the sender's own mail is; nobody is told about a report.
 import asyncio
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,9 @@ from relay.routing import Router
 from relay.spool.base import Claim, Content, Draft, Lane, MessageId, Spool
 
 _HEAD_BYTES = 64 * 1024  # of a content file: as much header as a report shows
+
+#: A report of more recipients is made in a thread: at a thousand of them, with all that upstreams may say, it takes two seconds.
+_AT_ONCE = 20
 
 
 class Report(NamedTuple):
@@ -67,7 +71,11 @@ class Reporter:
             self._host(claim.lane.upstream), rest, given_up,
         )  # fmt: skip
         new_id = self._spool.new_id()
-        bounce = make_bounce(about, reporting_mta=self._config.hostname, bounce_id=new_id, now=now)
+        make = partial(make_bounce, about, reporting_mta=self._config.hostname, bounce_id=new_id, now=now)
+        if len(notices) > _AT_ONCE:
+            bounce = await asyncio.get_running_loop().run_in_executor(None, make)
+        else:
+            bounce = make()
         if bounce is None:
             return Report(claim)
         return Report(_with_warned(claim, bounce.told), self._draft(claim, bounce, new_id, now=now), bounce.told)
@@ -116,8 +124,8 @@ def _with_warned(claim: Claim, told: Sequence[Notice]) -> Claim:
 
 
 async def _original(content: Content, header_block: bytes) -> tuple[bytes, bytes | None]:
-    """The header block, and what follows it where that is in memory."""
-    if content.octets is not None:
+    """The header block, and what follows it where that is small. What is a file too comes back as a header, also from the first attempt."""
+    if content.octets is not None and content.path is None:
         head, rest = header.split(content.octets)
         return head, header.separator(rest) + rest
     if header_block or content.path is None:

@@ -9,9 +9,10 @@ uses up its own slots and nothing else; one that has nothing due costs nothing.
 
 import asyncio
 import heapq
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from relay.clock import Clock
@@ -54,7 +55,7 @@ class _Slots:
     used: int = 0
     promised: int = 0
     window: deque[tuple[Claim, bool]] = field(default_factory=deque)
-    ready: deque[Lane] = field(default_factory=deque)
+    ready: OrderedDict[Lane, None] = field(default_factory=OrderedDict)
     until: float = 0.0
 
     def room(self, *, ahead: bool) -> int:
@@ -121,11 +122,11 @@ class Scheduler:
 
     # -- for operators, and for the pool ----------------------------------------------------------------------------------
 
-    def give_up(self, claims: Sequence[Claim], reason: str) -> None:
-        """End claimed messages as failed, each with its bounce. `reason` is for their senders; `""`: held until their time was up."""
-        for claim in claims:
-            self._octets += len(claim.content.octets or b"")
-            self._own(claim, self._end(claim, reason))
+    def give_up(self, claims: Sequence[Claim], reason: str) -> Collection[asyncio.Task[None]]:
+        """End claimed messages as failed, each with its bounce; what is answered is done when that is stored. `reason` is for their
+        senders; `""`: held until their time was up."""
+        self._octets += sum(len(claim.content.octets or b"") for claim in claims)
+        return [self._own(claim, self._end(claim, reason)) for claim in claims]
 
     def try_now(self, upstream: str) -> None:
         """Somebody wants this upstream tried, though its breaker may be open."""
@@ -186,18 +187,23 @@ class Scheduler:
         self._refresh_at = self._clock.monotonic() + _REFRESH_SOON_SECONDS  # unless the spool answers
         held = [*self._running.values(), *(claim for slots in self._slots.values() for claim, _ in slots.window)]
         await self._spool.renew(held)  # before leases are looked at
-        for lane, when in (await self._spool.next_due()).items():
+        waiting = await self._spool.next_due()
+        for lane, when in waiting.items():
             self.wake(lane, when)
-        await self._bring_forward()
+        await self._bring_forward(waiting)
         async with self._claiming:
             overdue = await self._spool.overdue(_OVERDUE_AT_ONCE) if not self._stopping else ()
             self.give_up(overdue, "")
         more = len(overdue) == _OVERDUE_AT_ONCE
-        self._refresh_at = self._clock.monotonic() + (_REFRESH_SOON_SECONDS if more else _REFRESH_SECONDS)
+        pause = 0.0 if self._revived else _REFRESH_SOON_SECONDS if more else _REFRESH_SECONDS
+        self._refresh_at = self._clock.monotonic() + pause
 
-    async def _bring_forward(self) -> None:
-        """Make mail due that was put off while its upstream did not work."""
-        for upstream in sorted(self._revived):
+    async def _bring_forward(self, waiting: Iterable[Lane]) -> None:
+        """Make mail due that was put off while its upstream did not work: of one upstream, and then others' mail is claimed, for the spool
+        looks through all of the queue."""
+        self._revived.intersection_update(lane.upstream for lane in waiting)
+        if self._revived:
+            upstream = min(self._revived)
             self._wake_all(await self._spool.reschedule(Selection(upstream=upstream)))
             self._revived.discard(upstream)
 
@@ -207,9 +213,8 @@ class Scheduler:
         while self._timeline and self._timeline[0][0] <= now:
             _, lane = heapq.heappop(self._timeline)
             slots = self._slots_of(lane)
-            if lane not in slots.ready:
-                slots.ready.append(lane)
-                self._ready[lane.upstream] = slots
+            slots.ready.setdefault(lane)
+            self._ready[lane.upstream] = slots
 
     async def _claim(self) -> None:
         """Claim for every upstream that has room and ready lanes, each lane its share, all in one commit of the spool."""
@@ -220,10 +225,10 @@ class Scheduler:
                 continue
             if len(slots.window) > slots.limit:
                 continue  # enough to go on with: claim many at once when fewer are left
-            lanes = [slots.ready[i] for i in range(min(room, len(slots.ready)))]
-            slots.ready.rotate(-len(lanes))
+            lanes = list(islice(slots.ready, room))
             for place, lane in enumerate(lanes):
                 share = room // len(lanes) + (1 if place < room % len(lanes) else 0)
+                slots.ready.move_to_end(lane)
                 slots.promised += share
                 wanted.append((lane, share))
         async with self._claiming:
@@ -243,7 +248,7 @@ class Scheduler:
         finally:
             slots.promised -= share - len(claims)
             if len(claims) < share:
-                slots.ready.remove(lane)
+                del slots.ready[lane]
                 if not slots.ready:
                     del self._ready[lane.upstream]
                 self._refresh_at = min(self._refresh_at, self._clock.monotonic() + _REFRESH_SOON_SECONDS)
@@ -283,10 +288,11 @@ class Scheduler:
         slots.used += 1
         self._own(claim, self._attempt(claim, fresh=fresh))
 
-    def _own(self, claim: Claim, work: Coroutine[Any, Any, None]) -> None:
+    def _own(self, claim: Claim, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work, name=f"attempt {claim.id}")
         self._running[task] = claim
         task.add_done_callback(self._ended)
+        return task
 
     async def _attempt(self, claim: Claim, *, fresh: bool) -> None:
         slots = self._slots[claim.lane.upstream]

@@ -90,6 +90,8 @@ class Settler:
         if not await self._store(Settlement(report.claim, decided.outcomes, decided.next, report.draft, tried=news)):
             return []
         if news:
+            if decided.fallback and any(outcome.status is Status.DEFERRED for outcome in result.outcomes.values()):
+                self._tell_degraded(claim, decided)  # the upstream fails, and does not just refuse this one message
             self._tell(claim, decided)
         self._tell_upstream(claim, result)
         told = report.addresses(Action.FAILED)
@@ -127,7 +129,9 @@ class Settler:
         return []
 
     async def _store(self, settlement: Settlement) -> bool:
-        """Settle, again and again while the spool cannot write: forgetting the outcome would send the message twice."""
+        """Settle, again and again while the spool cannot write: forgetting the outcome would send the message twice. Told each time half
+        as often, for all that is under way fails at once, and the log may be on the same disk."""
+        failures = 0
         while True:
             try:
                 await self._spool.settle(settlement)
@@ -136,13 +140,13 @@ class Settler:
                 self._journal.note("warning", f"{settlement.claim.id}: the claim was taken over; its outcome is not ours to store")
                 return False
             except SpoolError as error:
-                self._journal.fault("storing an outcome, trying again", error, id=settlement.claim.id)
+                failures += 1
+                if failures.bit_count() == 1:
+                    self._journal.fault("storing an outcome, trying again", error, id=settlement.claim.id)
                 await asyncio.sleep(_AGAIN_SECONDS)
 
     def _tell(self, claim: Claim, decided: Plan) -> None:
         """One event for all recipients who fared alike."""
-        if decided.fallback:
-            self._tell_degraded(claim, decided)
         for outcome, recipients in _by_outcome(claim, decided).items():
             self._tell_alike(claim, recipients, outcome, decided)
 

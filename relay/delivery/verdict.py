@@ -85,8 +85,9 @@ def _refusal(claim: Claim, decided: Plan) -> Reply | None:
 
 
 def _by_upstream(outcome: Outcome) -> bool:
-    """Whether it was the upstream that refused, and not time or an operator."""
-    return outcome.status is Status.FAILED and (outcome.reply.code >= 500 or outcome.phase is Phase.MAIL)
+    """Whether it was the upstream that refused, and not time or an operator. Where it may have the message all the same, only a bounce
+    can say so."""
+    return outcome.status is Status.FAILED and not outcome.in_doubt and (outcome.reply.code >= 500 or outcome.phase is Phase.MAIL)
 
 
 def _all(decided: Plan, status: Status) -> bool:

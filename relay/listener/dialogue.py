@@ -1,13 +1,22 @@
 """One SMTP dialogue: what each command means after the ones before it, and the reply to it (RFC 5321 section 4).
 
-Knows commands and replies, not connections or octets. State: who the client says it is, the transaction, and whether content is
-expected.
+Knows commands and replies, not connections or octets. State: who the client is and says it is, the transaction, and what is expected
+of it next.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+import re
+from collections.abc import Awaitable, Callable
+from enum import Enum
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from relay.intake import Transaction
+from relay.listener.access import NOT_ALLOWED, Peer
+from relay.listener.chunks import Chunks, parse_chunk
+from relay.listener.data import Gathering, reply_to
+from relay.listener.login import Exchange, Given
+from relay.listener.logins import LOGGED_IN, LOGIN_FIRST
+from relay.listener.refusals import reason_of
 from relay.mail import dsn
 from relay.mail.address import AddressError, ParameterError, parse_parameters, parse_path
 from relay.mail.envelope import Origin, Recipient
@@ -26,51 +35,139 @@ _UNKNOWN = Reply(500, "5.5.2", "Unknown command")
 _SYNTAX = Reply(501, "5.5.4", "Syntax error in the arguments")
 _NEED_MAIL = Reply(503, "5.5.1", "MAIL first")
 _NEED_RCPT = Reply(503, "5.5.1", "RCPT first")
+_CHUNKS_BEGUN = Reply(503, "5.5.1", "The content has begun to come by BDAT")
+_UNFRAMED = Reply(501, "5.5.4", "Syntax: BDAT size [LAST]")
+_FOREIGN = Reply(554, "5.5.1", "This is an SMTP server")
 _NESTED_MAIL = Reply(503, "5.5.1", "A transaction is already open")
 _NEED_HELLO = Reply(503, "5.5.1", "EHLO or HELO first")
 _UNKNOWN_PARAMETER = Reply(555, "5.5.4", "Unknown parameter")
 _TOO_LARGE = Reply(552, "5.3.4", "Message too large")
+_READY = Reply(220, "2.0.0", "Ready to start TLS")
+_SECURE_ALREADY = Reply(503, "5.5.1", "TLS is in use already")
+_TLS_FIRST = Reply(530, "5.7.0", "STARTTLS first")
 _VRFY = Reply(252, "2.5.0", "Cannot verify, but will take mail")
-_HELP = Reply(214, "2.0.0", "EHLO HELO MAIL RCPT DATA RSET NOOP VRFY QUIT")
+_HELP = Reply(214, "2.0.0", "EHLO HELO MAIL RCPT DATA BDAT RSET NOOP VRFY QUIT")
+
+#: After these nothing that the client sends is to be read as commands: it may be anything.
+CLOSING = frozenset((_FOREIGN, _UNFRAMED))
+
+# How a client begins that takes us for a web server.
+_HTTP = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH", b"PRI"))
+
+#: How a TLS handshake begins, also in its oldest form.
+HANDSHAKE = re.compile(rb"\x16\x03|[\x80-\xff].\x01\x03", re.DOTALL)
 
 
-_Verb = Callable[["Dialogue", str], Reply]
+class Expects(Enum):
+    """What the client's next octets are."""
+
+    COMMANDS = "commands"
+    CONTENT = "content after 354"
+    CHUNK = "as many octets as BDAT said"
+    CREDENTIALS = "a line that answers 334"
+    SILENCE = "nothing: it was not greeted"
+
+
+COMMANDS, CONTENT, CHUNK, CREDENTIALS, SILENCE = Expects  # asked for with every command, and a member looked up in its class is no constant
+
+
+class Later(NamedTuple):
+    """A reply that takes time. While `work` runs, the session answers nothing else, and the end of the connection does not cancel it."""
+
+    work: Callable[[], Awaitable[Reply]]
+
+
+_Verb = Callable[["Dialogue", str], Reply | Later | None]
 
 
 class Dialogue:
-    """The commands of one session. `receiving`: DATA was answered with 354 and the content has not come."""
+    """The commands of one session. `upgrading`: what comes next is a TLS handshake, as STARTTLS was answered with 220 or TLS is first."""
 
     verbs: ClassVar[dict[bytes, _Verb]]
 
-    def __init__(self, door: "Door", origin: Origin) -> None:
+    def __init__(self, door: "Door", origin: Origin, peer: Peer) -> None:
         self._door = door
         self._origin = origin
+        self._peer = peer
         self._client_name = ""
         self._extended = False
         self._transaction: Transaction | None = None
-        self.receiving = False
+        self._login: Exchange | None = None
+        self.chunks: Chunks | None = None  # content that comes by BDAT
+        self.expects = COMMANDS
+        self.upgrading = door.settings.security == "tls"
 
-    def answer(self, line: bytes) -> Reply:
-        """Do one command, given without its LF. A fault of ours is 451."""
+    def answer(self, line: bytes) -> Reply | Later | None:
+        """Do one command, given without its LF. None: the reply comes after the chunk that follows. A fault of ours is 451."""
         word, _, argument = line.rstrip(b"\r").partition(b" ")
         verb = self.verbs.get(word.upper())
         if verb is None:
-            return _UNKNOWN
+            return self.foreign(line) or _UNKNOWN
         try:
             return verb(self, argument.decode("utf-8", "surrogateescape"))
         except Exception as error:  # law 9: temporary to the client, loud in the log
             self._door.journal.fault(f"{word.decode('ascii', 'replace')[:10]} from a client", error, session=self._origin.session)
             return _FAULT
 
+    def respond(self, line: bytes) -> Reply | Later:
+        """Read a line that answers 334."""
+        assert self._login is not None, "CREDENTIALS are expected only within AUTH"
+        return self._proceed(self._login.go_on(line))
+
     def take_transaction(self) -> Transaction:
         """The transaction whose content has come; the next one may begin."""
         transaction, self._transaction = self._transaction, None
-        assert transaction is not None, "DATA is answered with 354 only inside a transaction"
+        assert transaction is not None, "content is taken only inside a transaction"
+        self.chunks = None
         return transaction
 
-    def refuse(self, reply: Reply, sender: str = "", recipients: str = "") -> Reply:
-        """Note a refusal in the journal and hand it on."""
+    def forget(self) -> None:
+        """End the transaction, if there is one: nothing of it is kept."""
+        self._transaction = None
+        if self.chunks is not None:
+            self.chunks.discard()
+            self.chunks = None
+
+    def end_chunk(self) -> Reply | None:
+        """The reply to the chunk that has come whole; None where it is the last one, and the content can be taken."""
+        chunks, transaction = self.chunks, self._transaction
+        assert chunks is not None, "a chunk is expected after BDAT only"
+        self.expects = COMMANDS
+        if chunks.refusal is None and chunks.last:
+            return None
+        if chunks.refusal is None and chunks.trouble is not None and transaction is not None:
+            chunks.refuse(self.refuse(reply_to(chunks.trouble), transaction.sender or "<>", ",".join(transaction.recipients)))
+        reply = chunks.refusal or _OK
+        if chunks.last:
+            self.forget()
+        elif transaction is None:
+            self.chunks = None
+        return reply
+
+    def foreign(self, line: bytes) -> Reply | None:
+        """The reply to who does not speak SMTP: does not wait for our greeting, or says HTTP, TLS, or the lines of a message."""
+        word = line.split(b" ", 1)[0]
+        if self.expects is SILENCE or word.upper() in _HTTP or (len(word) > 1 and word.endswith(b":")) or HANDSHAKE.match(line):
+            return self.refuse(_FOREIGN)
+        return None
+
+    @property
+    def secure(self) -> bool:
+        """Whether TLS protects what is said."""
+        return self._peer.secure
+
+    def secured(self) -> None:
+        """From now on TLS protects what is said. What the client said before may have been somebody else's (RFC 3207 section 4.2)."""
+        self._peer = self._peer._replace(secure=True)
+        self.forget()
+        self._client_name, self._extended = "", False
+        self._origin = self._origin._replace(user="")
+        self.expects, self.upgrading = COMMANDS, False
+
+    def refuse(self, reply: Reply, sender: str = "", recipients: str = "", *, reason: str = "") -> Reply:
+        """Note a refusal in the journal, count it and hand it on."""
         origin = self._origin
+        self._door.count(reason or reason_of(reply))
         self._door.journal.refused(
             session=origin.session, listener=origin.listener, client=origin.client, sender=sender, recipients=recipients, reply=str(reply)
         )
@@ -80,7 +177,7 @@ class Dialogue:
         if not argument.strip():
             return _SYNTAX
         self._greet(argument, extended=True)
-        return self._door.extensions
+        return self._door.extensions(self._peer)
 
     def _helo(self, argument: str) -> Reply:
         if not argument.strip():
@@ -89,13 +186,43 @@ class Dialogue:
         return Reply(250, "", self._door.hostname.decode())
 
     def _greet(self, name: str, *, extended: bool) -> None:
-        self._client_name, self._extended, self._transaction = name.strip()[:255], extended, None
+        self.forget()
+        self._client_name, self._extended = name.strip()[:255], extended
+
+    def _auth(self, argument: str) -> Reply | Later:
+        """RFC 4954."""
+        logins = self._door.logins
+        if not logins.any:
+            return _UNKNOWN
+        if not self._client_name:
+            return _NEED_HELLO
+        if (refusal := logins.refusal(self._peer, self._origin, inside=self._transaction is not None)) is not None:
+            return refusal
+        self._login = Exchange()
+        return self._proceed(self._login.begin(argument))
+
+    def _proceed(self, step: Reply | Given) -> Reply | Later:
+        asks_for_more = isinstance(step, Reply) and step.code == 334
+        self.expects = CREDENTIALS if asks_for_more else COMMANDS
+        return step if isinstance(step, Reply) else Later(partial(self._log_in, step))
+
+    async def _log_in(self, given: Given) -> Reply:
+        reply = await self._door.logins.verify(given, self._origin)
+        if reply is LOGGED_IN:
+            self._origin = self._origin._replace(user=given.user)
+        return reply
 
     def _mail(self, argument: str) -> Reply:
         if not self._client_name:
             return _NEED_HELLO
         if self._transaction is not None:
             return _NESTED_MAIL
+        if self._door.demands_tls(self._peer):
+            return self.refuse(_TLS_FIRST)
+        if self._peer.probe:
+            return self.refuse(NOT_ALLOWED)
+        if not self._origin.user and self._door.logins.demands(self._peer):
+            return self.refuse(LOGIN_FIRST)
         try:
             sender, text = _path_after("FROM:", argument)
             parameters = parse_parameters(text) if text else {}
@@ -106,17 +233,23 @@ class Dialogue:
             return _SYNTAX
         if (reply := self._check_parameters(parameters)) is not None:
             return self.refuse(reply, sender or "<>") if reply is _TOO_LARGE else reply
-        if "SIZE" in parameters and (obstacle := self._door.intake.obstacle(int(parameters["SIZE"]))) is not None:
+        if "SIZE" in parameters and (obstacle := self._door.obstacle(int(parameters["SIZE"]))) is not None:
             return self.refuse(obstacle, sender or "<>")
         smtputf8 = "SMTPUTF8" in parameters
         if not smtputf8 and not sender.isascii():
             return Reply(550, "5.6.7", "A non-ASCII address needs SMTPUTF8")
-        protocol = "UTF8SMTP" if smtputf8 else "ESMTP" if self._extended else "SMTP"
+        protocol = self._protocol(smtputf8=smtputf8)
         opened = self._door.intake.begin(self._origin, self._client_name, protocol, sender, smtputf8=smtputf8, ret=ret, envid=envid)
         if isinstance(opened, Reply):
             return self.refuse(opened, sender or "<>")
         self._transaction = opened
         return _SENDER_OK
+
+    def _protocol(self, *, smtputf8: bool) -> str:
+        """What our Received says after `with` (RFC 3848, RFC 6531 section 4.3)."""
+        if not self._extended:
+            return "SMTP"
+        return f"{'UTF8SMTP' if smtputf8 else 'ESMTP'}{'S' if self._peer.secure else ''}{'A' if self._origin.user else ''}"
 
     def _check_parameters(self, parameters: dict[str, str]) -> Reply | None:
         for keyword, value in parameters.items():
@@ -131,6 +264,9 @@ class Dialogue:
             elif keyword == "SMTPUTF8":  # RFC 6531
                 if value:
                     return _SYNTAX
+            elif keyword == "AUTH":  # RFC 4954 section 5: who the client says has sent it. Nobody is trusted to vouch for others
+                if not value:
+                    return _SYNTAX
             elif keyword not in ("RET", "ENVID"):  # RFC 3461, read already
                 return _UNKNOWN_PARAMETER
         return None
@@ -139,6 +275,8 @@ class Dialogue:
         transaction = self._transaction
         if transaction is None:
             return _NEED_MAIL
+        if self.chunks is not None:
+            return _CHUNKS_BEGUN
         try:
             address, text = _path_after("TO:", argument)
             notify = orcpt = ""
@@ -166,13 +304,54 @@ class Dialogue:
             return _NEED_MAIL
         if not transaction.recipients:
             return _NEED_RCPT
-        if (obstacle := self._door.intake.obstacle()) is not None:
+        if self.chunks is not None:
+            return _CHUNKS_BEGUN
+        if (obstacle := self._door.obstacle()) is not None:
             return self.refuse(obstacle, transaction.sender or "<>", ",".join(transaction.recipients))
-        self.receiving = True
+        self.expects = CONTENT
         return _GO_AHEAD
 
+    def _bdat(self, argument: str) -> Reply | None:
+        """RFC 3030 section 2: whatever is wrong, the octets that come are read before the reply. Unless nobody knows how many."""
+        try:
+            size, last = parse_chunk(argument)
+        except ValueError:
+            return _UNFRAMED
+        begun, settings = self.chunks is not None, self._door.settings
+        if self.chunks is None:
+            gathering = Gathering(settings.message_size, self._door.intake.spill, strict=settings.newlines == "reject", stuffed=False)
+            self.chunks = Chunks(gathering, limit_bytes=settings.message_size)
+        self.chunks.begin(size, last=last)
+        self.expects = CHUNK  # from here on nothing can go wrong that would have its octets taken for commands
+        if not begun and (refusal := self._chunks_refusal(size)) is not None:
+            self.chunks.refuse(refusal)
+        return None
+
+    def _chunks_refusal(self, size: int) -> Reply | None:
+        transaction = self._transaction
+        if transaction is None:
+            return _NEED_MAIL
+        if not transaction.recipients:
+            return _NEED_RCPT
+        try:
+            obstacle = self._door.obstacle(size)
+        except Exception as error:  # law 9
+            self._door.journal.fault("BDAT from a client", error, session=self._origin.session)
+            return _FAULT
+        return self.refuse(obstacle, transaction.sender or "<>", ",".join(transaction.recipients)) if obstacle is not None else None
+
+    def _starttls(self, argument: str) -> Reply:
+        if self._door.settings.security != "starttls":
+            return _UNKNOWN
+        if argument.strip():
+            return _SYNTAX
+        if self._peer.secure:
+            return _SECURE_ALREADY
+        self.upgrading = True
+        return _READY
+
     def _rset(self, argument: str) -> Reply:
-        self._transaction = None
+        self.forget()
         return _OK
 
     def _noop(self, argument: str) -> Reply:
@@ -194,11 +373,14 @@ Dialogue.verbs = {
     b"MAIL": Dialogue._mail,
     b"RCPT": Dialogue._rcpt,
     b"DATA": Dialogue._data,
+    b"BDAT": Dialogue._bdat,
     b"RSET": Dialogue._rset,
     b"NOOP": Dialogue._noop,
     b"VRFY": Dialogue._vrfy,
     b"HELP": Dialogue._help,
     b"QUIT": Dialogue._quit,
+    b"STARTTLS": Dialogue._starttls,
+    b"AUTH": Dialogue._auth,
 }
 
 

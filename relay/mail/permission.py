@@ -1,6 +1,6 @@
-"""Whether an upstream's credential may send what is about to go out: fail-closed tenancy (law 6).
+"""Whether a user may send what came in, and an upstream's credential what is about to go out: fail-closed tenancy (law 6).
 
-`objection` is asked at intake and again on the bytes that leave. Pure.
+Of a credential `objection` is asked at intake and again on the bytes that leave; of a user once, on the bytes that came. Pure.
 """
 
 from collections.abc import Sequence
@@ -17,18 +17,25 @@ def objection(senders: Sequence[str], envelope_sender: str, found: Scan) -> str 
     """
     if not senders:
         return None
-    if envelope_sender and not _owns(senders, envelope_sender):
+    if envelope_sender and not may_send(senders, envelope_sender):
         return f"the envelope sender {envelope_sender} is not one of its senders"
     author = from_address(found.from_values)
     if not author:
         return "the header From is missing, repeated or not one address"
-    if not _owns(senders, author):
+    if not may_send(senders, author):
         return f"the From address {author} is not one of its senders"
     if found.sender_values:
         agent = from_address(found.sender_values)
-        if not agent or not _owns(senders, agent):
+        if not agent or not may_send(senders, agent):
             return f"the Sender address {agent or '(unreadable)'} is not one of its senders"
     return None
+
+
+def user_objection(senders: Sequence[str], envelope_sender: str, found: Scan) -> str | None:
+    """Why a user may not send what came, or None. `*` names everything, also what cannot be read."""
+    if "*" in senders:
+        return None
+    return objection(senders, envelope_sender, found) if senders else "it has none"
 
 
 def report_author(senders: Sequence[str], sender: str) -> str | None:
@@ -36,12 +43,13 @@ def report_author(senders: Sequence[str], sender: str) -> str | None:
 
     Else himself, whose mail it sends, or the first address that it may use: a report is not lost to a credential of single addresses.
     """
-    if not senders or _owns(senders, f"MAILER-DAEMON@{domain_of(sender)}"):
+    if not senders or may_send(senders, f"MAILER-DAEMON@{domain_of(sender)}"):
         return None
-    if _owns(senders, sender):
+    if may_send(senders, sender):
         return sender
     return senders[0] if "@" in senders[0] else f"MAILER-DAEMON@{senders[0]}"
 
 
-def _owns(senders: Sequence[str], address: str) -> bool:
+def may_send(senders: Sequence[str], address: str) -> bool:
+    """Whether `senders` names this address, or its domain."""
     return any(pattern in senders for pattern in patterns_for(address))

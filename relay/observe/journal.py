@@ -6,6 +6,7 @@ records come in through `capture_logging`.
 State: the lines not yet written. Laws: a secret is never a field; text of strangers is made printable before it gets here.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -28,6 +29,12 @@ _FLUSH_SECONDS = 0.05
 # Text values that need no quotes: anything printable without blanks, quotes and '='.
 _PLAIN = re.compile(r'[^\s"=\\]+')
 
+#: While so much waits for a reader who does not read, what comes is counted and not kept (law 8).
+_WAITING_CHARACTERS = 16 * 1024 * 1024
+
+#: Text up to this length is remembered with its quotes; a thousand recipients in one line do not come again.
+_KNOWN_CHARACTERS = 300
+
 
 class Journal:
     """Writes events to a file descriptor, standard error in production. Close it, or the last lines are lost."""
@@ -43,6 +50,8 @@ class Journal:
         self._second = 0
         self._second_text = ""
         self._chunks: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._handed = self._taken = 0  # characters, to the thread and by it: what is between waits for the reader
+        self._lost = 0
         self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
         self._thread.start()
 
@@ -144,6 +153,11 @@ class Journal:
     def auth_failed(self, *, upstream: str, user: str, reply: str) -> None:
         self._event("error", "auth-failed", {"upstream": upstream, "user": user, "reply": reply})
 
+    def login_failed(self, *, session: str, listener: str, client: str, user: str, reply: str) -> None:
+        """An app could not log in to us. fail2ban reads this line: its fields keep their order."""
+        fields = {"session": session, "listener": listener, "client": client, "user": user, "reply": reply}
+        self._event("warning", "auth-failed", fields)
+
     def draining(self, *, sessions: int, attempts: int) -> None:
         self._event("info", "draining", {"sessions": sessions, "attempts": attempts})
 
@@ -193,18 +207,26 @@ class Journal:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._handed - self._taken > _WAITING_CHARACTERS:
+            self._lost += len(self._lines)
+            self._lines.clear()
+            return
+        if self._lost:
+            lost, self._lost = self._lost, 0
+            self.note("error", f"{lost} lines of this log are lost, for nobody read it; `relay log` has what became of mail")
         if self._lines:
             lines, self._lines = self._lines, []
-            self._chunks.put("\n".join(lines) + "\n")
+            chunk = "\n".join(lines) + "\n"
+            self._handed += len(chunk)
+            self._chunks.put(chunk)
 
     def _write(self) -> None:
         while (chunk := self._chunks.get()) is not None:
             octets = chunk.encode("utf-8", "backslashreplace")
-            try:
+            with contextlib.suppress(OSError):  # nobody reads the log any more; mail goes on
                 while octets:
                     octets = octets[os.write(self._descriptor, octets) :]
-            except OSError:
-                continue  # nobody reads the log any more; mail goes on
+            self._taken += len(chunk)
 
 
 def _attempt(
@@ -217,8 +239,12 @@ def _attempt(
     }  # fmt: skip
 
 
-@lru_cache(maxsize=8192)  # the same routes, clients and addresses come again and again
 def _quoted(text: str) -> str:
+    return _known(text) if len(text) <= _KNOWN_CHARACTERS else _known.__wrapped__(text)
+
+
+@lru_cache(maxsize=8192)  # the same routes, clients and addresses come again and again
+def _known(text: str) -> str:
     return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
 
 

@@ -20,6 +20,7 @@ class Metrics:
         self._recovered = counter("relay_recovered", "Times that a degraded route's own upstream took mail again.", "route", "upstream")
         self._opened = counter("relay_breaker_opened", "Times that an upstream was given up for a while.", "upstream", "kind")
         self._closed = counter("relay_breaker_closed", "Times that such an upstream dealt with mail again.", "upstream", "kind")
+        self._refused = counter("relay_refused", "Clients and mail refused, and sessions cut off at a limit.", "listener", "reason")
 
     def degraded(self, *, route: str, upstream: str) -> None:
         """`upstream`: the fallback that is used."""
@@ -27,6 +28,10 @@ class Metrics:
 
     def recovered(self, *, route: str, upstream: str) -> None:
         self._recovered.labels(route, upstream).inc()
+
+    def refused(self, *, listener: str, reason: str) -> None:
+        """`reason`: one of a few words, such as connections or size."""
+        self._refused.labels(listener, reason).inc()
 
     def breaker_opened(self, *, upstream: str, kind: str) -> None:
         """`kind`: connection or credential."""

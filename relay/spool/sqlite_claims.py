@@ -19,9 +19,9 @@ import apsw
 
 from relay.clock import Clock
 from relay.spool import sqlite_schema as sql
-from relay.spool.base import Claim, Content, Lane
+from relay.spool.base import Claim, Content, Lane, SpoolError
 from relay.spool.records import id_of, unpack_envelope, unpack_facts, unpack_recipients
-from relay.spool.sqlite_damage import read_page
+from relay.spool.sqlite_damage import DAMAGE, read_page
 
 #: An attempt may wait ten minutes after the final dot (RFC 5321 section 4.5.3.2.6) on top of a slow upload; the scheduler renews.
 LEASE_SECONDS = 15 * 60
@@ -68,6 +68,7 @@ class Claims:
         self._retried_first = False
         self._broken_index = False
         self._mended = False
+        self._misnamed = False
         self._damaged: dict[int, str] = {}  # message -> why it is to be held
         self._unreadable: dict[int, float] = {}  # message -> when it may be read again (monotonic seconds)
         self.tokens = itertools.count(1)
@@ -114,6 +115,9 @@ class Claims:
                     self._lose(number, _UNKNOWN, sql.LOST)
                     raise Again from error
         now = self._clock.monotonic()
+        if self._misnamed:
+            self._misnamed = False
+            self._put_misnamed_aside()
         self._unreadable = {number: until for number, until in self._unreadable.items() if until > now}
         rows = self._rows(sql.NEXT_DUE_BUT, (json.dumps(list(self._unreadable)),)) if self._unreadable else self._rows(sql.NEXT_DUE, ())
         due = {Lane(upstream, route): due for upstream, route, due in rows}
@@ -171,11 +175,24 @@ class Claims:
             self.mend([None])
         try:
             return self._database.execute(statement, values).fetchall()
-        except apsw.CorruptError as error:
-            if self._mended:
+        except DAMAGE as error:
+            if self._mended and isinstance(error, apsw.CorruptError):
                 raise
-            self._broken_index = True
+            self._broken_index, self._misnamed = not self._mended, self._mended
             raise Again from error
+
+    def _put_misnamed_aside(self) -> None:
+        """What names no lane that could be claimed, as the text of its upstream or route is none any more."""
+        found = False
+        rows: Any = self._database.execute(sql.NAMES).fetchall()
+        for number, upstream, route in rows:
+            try:
+                _ = upstream.decode(), route.decode()
+            except UnicodeDecodeError as error:
+                found = True
+                self._put_aside(number, _UNKNOWN, f"its record in the spool is damaged: {error}")
+        if not found:
+            raise SpoolError("an index of the spool is damaged again; a restart makes it anew")
 
     def _begin(self, number: int, now: float, lane: Lane, *, ending: bool = False) -> tuple[Claim, Lease] | None:
         if number in self._damaged:

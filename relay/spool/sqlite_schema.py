@@ -131,6 +131,7 @@ EXPIRE = "UPDATE message SET token = NULL, doubt = doubt OR token > 0 WHERE id =
 NEXT_DUE = "SELECT upstream, route, min(due) FROM message WHERE token IS NULL AND held = '' GROUP BY upstream, route"
 NEXT_DUE_BUT = """SELECT upstream, route, min(due) FROM message
     WHERE token IS NULL AND held = '' AND id NOT IN (SELECT value FROM json_each(?)) GROUP BY upstream, route"""
+NAMES = "SELECT id, CAST(upstream AS BLOB), CAST(route AS BLOB) FROM message NOT INDEXED WHERE token IS NULL AND held = ''"
 FORGET_LOG = "DELETE FROM log WHERE number IN (SELECT number FROM (SELECT number, time FROM log ORDER BY number LIMIT ?2) WHERE time < ?1)"
 TAKE_OVER = "UPDATE message SET token = NULL, doubt = doubt OR token > 0 WHERE token IS NOT NULL"
 TAKE_OVER_ONE = f"{TAKE_OVER} AND id = ?"

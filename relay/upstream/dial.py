@@ -1,15 +1,70 @@
 """One TCP connection to a host: its addresses one after the other, each with its share of the time.
 
 The loops' own `create_connection` waits at an address that swallows packets until all the time is gone and never comes to the next:
-a dead IPv6 address in front of a living IPv4 one must cost a delay, not the mail.
+a dead IPv6 address in front of a living IPv4 one must cost a delay, not the mail. Nor do names go through the loops' resolver: it has
+two or four threads for everybody, and so many names whose servers are silent would stop the mail of all upstreams (law 7).
+
+State: the names that are being looked up.
 """
 
 import asyncio
+import contextlib
+import errno
 import os
 import socket
+import threading
+from ipaddress import ip_address
 from typing import Any
 
 from relay.mail.outcome import Failure, Phase
+
+#: Names that are looked up at once, each in a thread; of ten thousand dead ones not more are asked for at a time (`delivery.breaker`).
+_LOOKUPS_LIMIT = 256
+
+_Found = list[tuple[int, Any]]
+
+
+class Names:
+    """Looks names up, each once for all who ask for it meanwhile, and in a thread of its own that nobody waits for at the end."""
+
+    def __init__(self) -> None:
+        self._asked: dict[tuple[str, int, int], asyncio.Future[_Found | Exception]] = {}
+
+    async def find(self, host: str, port: int, family: int) -> _Found:
+        """Family and socket address, in the resolver's order (RFC 6724). Raises OSError and ValueError."""
+        if _is_address(host):
+            return _look_up(host, port, family)
+        key = (host, port, family)
+        while key not in self._asked and len(self._asked) >= _LOOKUPS_LIMIT:
+            await asyncio.wait(self._asked.values(), return_when=asyncio.FIRST_COMPLETED)
+        if key not in self._asked:
+            self._ask(key)
+        answer = self._asked[key]
+        await asyncio.wait([answer])  # who gives up waiting takes it from nobody
+        found = answer.result()
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _ask(self, key: tuple[str, int, int]) -> None:
+        loop = asyncio.get_running_loop()
+
+        def work() -> None:
+            try:
+                found: _Found | Exception = _look_up(*key)
+            except Exception as error:
+                found = error
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(self._tell, key, found)
+
+        try:
+            threading.Thread(target=work, name="resolver", daemon=True).start()
+        except RuntimeError as error:
+            raise OSError(errno.EAGAIN, "no thread is left to look it up") from error
+        self._asked[key] = loop.create_future()
+
+    def _tell(self, key: tuple[str, int, int], found: _Found | Exception) -> None:
+        self._asked.pop(key).set_result(found)
 
 
 class NoConnection(Exception):
@@ -21,12 +76,12 @@ class NoConnection(Exception):
         self.failure = failure
 
 
-async def dial(host: str, port: int, *, source_address: str | None, timeout_seconds: float) -> socket.socket:
+async def dial(host: str, port: int, *, source_address: str | None, timeout_seconds: float, names: Names) -> socket.socket:
     """A connected socket, which is then the caller's. Raises NoConnection."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_seconds
     last = NoConnection(Phase.RESOLVE, Failure.UNREACHABLE, f"the name {host} has no address")
-    addresses = await _addresses(host, port, source_address, timeout_seconds)
+    addresses = await _addresses(names, host, port, source_address, timeout_seconds)
     for number, (family, address) in enumerate(addresses):
         share = (deadline - loop.time()) / (len(addresses) - number)
         connection = socket.socket(family, socket.SOCK_STREAM)
@@ -52,12 +107,12 @@ async def dial(host: str, port: int, *, source_address: str | None, timeout_seco
     raise last
 
 
-async def _addresses(host: str, port: int, source_address: str | None, timeout_seconds: float) -> list[tuple[int, Any]]:
-    """Where the host is, in the resolver's order (RFC 6724): family and socket address. Only what `source_address` can reach."""
+async def _addresses(names: Names, host: str, port: int, source_address: str | None, timeout_seconds: float) -> _Found:
+    """Where the host is. Only what `source_address` can reach."""
     family = socket.AF_UNSPEC if not source_address else socket.AF_INET6 if ":" in source_address else socket.AF_INET
     try:
         async with asyncio.timeout(timeout_seconds):
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
+            return await names.find(host, port, family)
     except socket.gaierror as error:
         text = f"the name {host} cannot be resolved: {error.strerror}"
         raise NoConnection(Phase.RESOLVE, Failure.UNREACHABLE, text) from None
@@ -66,7 +121,19 @@ async def _addresses(host: str, port: int, source_address: str | None, timeout_s
         raise NoConnection(Phase.RESOLVE, Failure.TIMEOUT, text) from None
     except (ValueError, OSError) as error:  # no name at all to the resolver or to IDNA
         raise NoConnection(Phase.RESOLVE, Failure.UNREACHABLE, f"the name {host} cannot be used: {error}") from None
-    return [(kind, address) for kind, _, _, _, address in found]
+
+
+def _look_up(host: str, port: int, family: int) -> _Found:
+    return [(kind, address) for kind, _, _, _, address in socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)]
+
+
+def _is_address(host: str) -> bool:
+    """Whether it is no name at all, and nothing has to be asked for."""
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def reason_of(error: OSError) -> str:

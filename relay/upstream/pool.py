@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from relay.clock import Clock
 from relay.config.model import Upstream
 from relay.mail.outcome import Outcome, Phase, Scope, Status
+from relay.upstream.dial import Names
 from relay.upstream.login import Login, Note, Readers
 from relay.upstream.session import CannotOpen, Session, logs_in, open_session
 from relay.upstream.tls import Contexts
@@ -43,6 +44,7 @@ class Pool:
         self._hostname = hostname
         self._clock = clock
         self._contexts = Contexts()
+        self._names = Names()
         self._readers = Readers()
         self._logins = {
             name: Login(name, upstream, connect=self._connect, changed=self._change, note=note, readers=self._readers)
@@ -107,11 +109,14 @@ class Pool:
         """A session to the first host that takes us. A refused credential is not tried on the next host. Raises CannotOpen."""
         for host in upstream.host[:-1]:
             try:
-                return await open_session(upstream, host, ehlo=upstream.ehlo or self._hostname, contexts=self._contexts)
+                return await self._open(upstream, host)
             except CannotOpen as error:
                 if error.outcome.scope is Scope.CREDENTIAL or error.outcome.throttled or error.outcome.phase is Phase.AUTH:
                     raise
-        return await open_session(upstream, upstream.host[-1], ehlo=upstream.ehlo or self._hostname, contexts=self._contexts)
+        return await self._open(upstream, upstream.host[-1])
+
+    async def _open(self, upstream: Upstream, host: str) -> Session:
+        return await open_session(upstream, host, ehlo=upstream.ehlo or self._hostname, contexts=self._contexts, names=self._names)
 
     def _take(self, name: str) -> Session | None:
         sessions = self._idle.get(name)

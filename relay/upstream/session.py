@@ -18,7 +18,7 @@ import aiosmtplib
 from relay.config.model import Upstream
 from relay.mail.outcome import Failure, Outcome, Phase, outcome_of_failure, outcome_of_reply
 from relay.mail.reply import MalformedReply, parse_reply
-from relay.upstream.dial import NoConnection, dial, reason_of
+from relay.upstream.dial import Names, NoConnection, dial, reason_of
 from relay.upstream.tls import Contexts
 from relay.upstream.transaction import Offer, Outgoing, Transaction
 from relay.upstream.wire import Wire
@@ -76,7 +76,7 @@ class Session:
         self._wire.close()
 
 
-async def open_session(upstream: Upstream, host: str, *, ehlo: str, contexts: Contexts) -> Session:
+async def open_session(upstream: Upstream, host: str, *, ehlo: str, contexts: Contexts, names: Names) -> Session:
     """Open a session to `host` of `upstream`. Raises CannotOpen."""
     try:
         context = await contexts.get(upstream)
@@ -84,7 +84,7 @@ async def open_session(upstream: Upstream, host: str, *, ehlo: str, contexts: Co
         _fail(Phase.TLS, Failure.UNTRUSTED, f"the CA file {upstream.ca_file} cannot be loaded: {error}")
     timeout = upstream.timeouts.connect
     try:
-        connection = await dial(host, upstream.port, source_address=upstream.source_address, timeout_seconds=timeout)
+        connection = await dial(host, upstream.port, source_address=upstream.source_address, timeout_seconds=timeout, names=names)
     except NoConnection as error:
         _fail(error.phase, error.failure, str(error))
     client = aiosmtplib.SMTP(

@@ -131,6 +131,7 @@ class Wire(asyncio.Protocol):
         if not self._wanted:
             self._break_off(Broken(Failure.CLOSED, "the upstream spoke without being asked"))
             return
+        known = len(self._replies)
         lines = (self._rest + data if self._rest else data).split(b"\n")
         self._rest = lines.pop()
         for line in lines:
@@ -144,7 +145,7 @@ class Wire(asyncio.Protocol):
             if len(self._replies) > self._wanted or self._lines or self._rest:
                 self._break_off(Broken(Failure.CLOSED, "the upstream said more than it was asked"))
             self._release()
-        else:
+        elif len(self._replies) > known:  # a piece of one begins no new wait, or there would be no end of it
             if len(self._replies) == self._wanted - 1:
                 self._patience_seconds = self._last_patience_seconds
             self._deadline = self._loop.time() + self._patience_seconds

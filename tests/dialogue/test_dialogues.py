@@ -18,6 +18,7 @@ import asyncio
 import re
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,11 +75,15 @@ def octets_of(text: str) -> bytes:
 
 
 def in_packets(steps: list[Step]) -> Iterator[Step]:
-    """What a client says comes before what it hears, as far as nothing else happens in between."""
+    """What a client says comes before what it hears, as far as nothing else happens in between; but it waits for the greeting."""
     said: dict[str, list[Step]] = {}
     heard: list[Step] = []
+    greeted: set[str] = set()
     for step in [*steps, Step(0, "", "end", "")]:
-        if step.what in ("->", "=>"):
+        if step.what in ("<-", "<~") and step.who not in greeted | said.keys():
+            greeted.add(step.who)
+            yield step
+        elif step.what in ("->", "=>"):
             said.setdefault(step.who, []).append(step)
         elif step.what in ("<-", "<~", "closed", "got", "got nothing"):
             heard.append(step)
@@ -106,10 +111,10 @@ class Stage:
 
     async def perform(self, step: Step) -> None:
         match step.what:
-            case "->":
-                await (await self._client(step.who)).send(octets_of(step.text) + b"\r\n")
-            case "=>":
-                await (await self._client(step.who)).send(octets_of(step.text))
+            case "->" | "=>":
+                client = await self._client(step.who)
+                with suppress(ConnectionError):  # who is cut off while talking still hears why
+                    await client.send(octets_of(step.text) + (b"\r\n" if step.what == "->" else b""))
             case "<-":
                 assert await self._line(step.who) == step.text
             case "<~":

@@ -68,7 +68,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[asyncio.Ru
 
 
 async def converse(front: Front, packets: list[bytes]) -> bytes:
-    """Say all of it, then FIN; everything that was answered until the relay closed."""
+    """Wait for the greeting, say all of it, then FIN; everything that was answered until the relay closed."""
     front.taken.clear()
     heard = b""
     connection = socket.socket()
@@ -77,6 +77,8 @@ async def converse(front: Front, packets: list[bytes]) -> bytes:
     wire = Wire(connection)
     try:
         async with asyncio.timeout(10):
+            while not heard.endswith(b"\r\n"):
+                heard += await wire.receive()
             with suppress(ConnectionError):
                 for packet in packets:
                     await wire.send(packet)

@@ -34,9 +34,12 @@ class Reply:
 
 
 class Client:
-    """One connection. `chunk`: send at most so many octets at a time, each in a segment of its own (1: octet by octet)."""
+    """One connection. `host` may be the path of a Unix socket.
 
-    def __init__(self, host: str, port: int, *, chunk: int = 0, deadline: float = DEADLINE_SECONDS) -> None:
+    `chunk`: send at most so many octets at a time, each in a segment of its own (1: octet by octet).
+    """
+
+    def __init__(self, host: str, port: int = 0, *, chunk: int = 0, deadline: float = DEADLINE_SECONDS) -> None:
         self._host = host
         self._port = port
         self._chunk = chunk
@@ -56,10 +59,12 @@ class Client:
     # -- single steps --------------------------------------------------------------------------------------------------
 
     async def connect(self) -> None:
-        connection = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET, socket.SOCK_STREAM)
+        unix = self._host.startswith("/")
+        family = socket.AF_UNIX if unix else socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        connection = socket.socket(family, socket.SOCK_STREAM)
         connection.setblocking(False)
         try:
-            await asyncio.get_running_loop().sock_connect(connection, (self._host, self._port))
+            await asyncio.get_running_loop().sock_connect(connection, self._host if unix else (self._host, self._port))
         except BaseException:
             connection.close()
             raise

@@ -22,9 +22,13 @@ from typing import Any, NamedTuple, Self
 from relay.clock import ManualClock
 from relay.config.model import Config
 from relay.intake import Intake
+from relay.listener.budget import Budget
+from relay.listener.credentials import Credentials
 from relay.listener.door import Door
+from relay.listener.sockets import Inherited
 from relay.mail.header import separator, split
 from relay.observe.journal import Journal
+from relay.observe.metrics import Metrics
 from relay.routing import Router
 from relay.spool.base import Claim, Content, ContentWriter, Draft, Lane, SpoolError, SpoolFull
 from relay.spool.memory import MemorySpool
@@ -182,7 +186,10 @@ class NotingDispatch:
 class Front:
     """The rooms in front of the spool, built from a configuration; its listener is open inside the `async with`."""
 
-    def __init__(self, directory: Path, config: Mapping[str, Any] | None = None, *, listener: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, directory: Path, config: Mapping[str, Any] | None = None, *, listener: Mapping[str, Any] | None = None,
+        budget: Budget | None = None,
+    ) -> None:  # fmt: skip
         own = {"bind": "127.0.0.1:0", "name": "local", **(listener or {})}
         self.config = Config.model_validate({**CONFIG, "listeners": [own], **(config or {})})
         self.directory = directory
@@ -194,26 +201,32 @@ class Front:
         self._journal: Journal | None = Journal(self.clock, format="json", level="debug", descriptor=self._descriptor)
         self.waits = Waits()
         self.intake = Intake(self.config, Router(self.config), self.spool, self.dispatch, self._journal, self.clock, waits=self.waits)
+        self.metrics = Metrics()
+        self.credentials = Credentials(self.config.users, self.clock, delay=lambda failures: 0.01 * failures)
         numbers = itertools.count(1)
         self.door = Door(
-            self.config.listeners[0], self.intake, self._journal, hostname=HOSTNAME, new_session_id=lambda: f"S{next(numbers)}"
+            self.config.listeners[0], self.intake, self._journal, hostname=HOSTNAME, new_session_id=lambda: f"S{next(numbers)}",
+            metrics=self.metrics, budget=budget, credentials=self.credentials, directory=directory,
         )  # fmt: skip
         self.address = ""
+        self.inherited = Inherited()
 
     async def __aenter__(self) -> Self:
-        self.address = await self.door.open()
+        self.address = await self.door.open(self.inherited)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.door.stop()
         await self.door.abort()
         await self.close()
+        assert error is not None or self.door.budget.taken == 0, "memory is given back by every session that ends"
         if error is not None:
             error.add_note(f"-- journal --\n{self._log.read_text()[-4000:]}")
 
     async def close(self) -> None:
         """End what was begun by the constructor; for a front whose listener was never opened."""
         self._end_journal()
+        self.credentials.close()
         await self.spool.close()
 
     @property
@@ -228,6 +241,11 @@ class Front:
     def taken(self) -> list[Taken]:
         """Everything in custody, in the order in which it came."""
         return self.spool.taken
+
+    def counted(self, reason: str) -> float:
+        """How many refusals were counted for this reason."""
+        labels = {"listener": self.config.listeners[0].name, "reason": reason}
+        return self.metrics.registry.get_sample_value("relay_refused_total", labels) or 0
 
     @property
     def arriving(self) -> list[str]:

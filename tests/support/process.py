@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,7 +22,7 @@ from tests.support.eventually import eventually
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # The console script's content, so that the package need not be installed.
-_LAUNCH = "import sys; from relay.cli import main; sys.argv[0] = 'relay'; sys.exit(main())"
+LAUNCH = "import sys; from relay.cli import main; sys.argv[0] = 'relay'; sys.exit(main())"
 
 Event = dict[str, Any]
 
@@ -30,17 +30,19 @@ Event = dict[str, Any]
 class RelayProcess:
     """One relay with a directory of its own: its configuration, its log, and its working directory.
 
-    `launch`: Python to run instead of the console script; a test's own program that becomes a relay.
+    `launch`: Python to run instead of the console script; a test's own program that becomes a relay. `pass_fds`: what it inherits.
     """
 
     def __init__(
-        self, config: str, *, directory: Path, environment: Mapping[str, str] | None = None, launch: str = _LAUNCH
+        self, config: str, *, directory: Path, environment: Mapping[str, str] | None = None, launch: str = LAUNCH,
+        pass_fds: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self.directory = directory
         self.config_file = directory / "config.yaml"
         self.log_file = directory / "relay.log"
         self.config_file.write_text(config)
         self._launch = launch
+        self._pass_fds = pass_fds
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
         self._environment = {**inherited, "PYTHONPATH": str(REPOSITORY), **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
@@ -70,6 +72,7 @@ class RelayProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                pass_fds=self._pass_fds,
             )
         try:
             await eventually(self._listening, "the relay to listen", within=within)

@@ -1,88 +1,27 @@
 """Real mail programs send through the real process to a scripted upstream: what they meant to say arrives octet by octet.
 
-What may differ is ours: the fields that are put before the header, and CRLF for whatever line ends there were.
+What may differ is ours: the fields that are put before the header, and CRLF for whatever line ends there were. Each program sends in
+clear, and with a login after STARTTLS, under TLS from the beginning, and from this machine in clear.
 """
 
 import asyncio
 import json
-import re
 import smtplib
-import subprocess
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 
-from tests.support.process import RelayProcess
-from tests.support.record import Transaction
-from tests.support.upstream import ScriptedUpstream
-
-SENDER, RECIPIENTS = "app@acme.example", ["you@example.org", "her@example.org"]
-HEADER = b"From: App <app@acme.example>\r\nTo: you@example.org\r\nSubject: from a real client\r\nDate: Fri, 15 Jan 2027 08:00:00 +0000\r\n"
-BODY = (
-    b"plain\r\n.\r\n..\r\n...three dots\r\n.one dot\r\n\r\nFrom here on\r\n\tblanks at the end \t \r\n"
-    + b"a long line "
-    + b"x" * 900
-    + b"\r\nlast line\r\n"
-)
-MESSAGE = HEADER + b"Message-ID: <1@app.acme.example>\r\n\r\n" + BODY
-OCTETS = MESSAGE.replace(b"last line", "Grüße, 8 bits: \u00ff".encode())
-
-_OURS = re.compile(
-    rb"Received: [^\r\n]*\r\n(?:\t[^\r\n]*\r\n)+"
-    rb"(?:Message-ID: <[0-9A-F]+\.[0-9a-f]+@relay\.example>\r\n)?(?:Date: [^\r\n]*\r\n)?"
-)
+from tests.support.certificates import Authority
+from tests.system.clients import BODY, OCTETS, RECIPIENTS, SENDER, Line, line_of, split_ours
 
 Tool = Callable[[str], str]
 
 
-class Line:
-    """From an application to an upstream, with a relay between."""
-
-    def __init__(self, relay: RelayProcess, upstream: ScriptedUpstream) -> None:
-        self.relay = relay
-        self.upstream = upstream
-        self.host, self.port = relay.address()
-
-    async def run(self, *command: str, stdin: bytes = b"", **environment: str) -> None:
-        """Run a program to its end; it must be content."""
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={"PATH": "/usr/bin:/bin", **environment}
-        )  # fmt: skip
-        async with asyncio.timeout(30):
-            said, _ = await process.communicate(stdin)
-        assert process.returncode == 0, said.decode(errors="replace")
-
-    async def arrived(self, count: int = 1) -> list[Transaction]:
-        """What arrived, and nothing else did: every message that was accepted was sent, once."""
-        transactions = await self.upstream.received(count)
-        await self.relay.event("sent", count=count)
-        assert await self.relay.terminate() == 0
-        assert len(self.relay.events("accepted")) == len(self.relay.events("sent")) == len(self.upstream.transactions) == count
-        assert self.relay.events("fault") == []
-        return transactions
-
-
 @pytest.fixture
 async def line(tmp_path: Path) -> AsyncIterator[Line]:
-    async with ScriptedUpstream() as upstream:
-        config = f"""
-            hostname: relay.example
-            listeners: [{{bind: "127.0.0.1:0"}}]
-            upstreams: {{acme: {{host: {upstream.host}, port: {upstream.port}, security: none}}}}
-            routes: [{{sender: acme.example, upstream: acme}}]
-            spool: {{directory: {tmp_path / "spool"}}}
-            log: {{format: json}}
-        """
-        async with RelayProcess(config, directory=tmp_path) as relay:
-            yield Line(relay, upstream)
-
-
-def split_ours(content: bytes) -> tuple[list[str], bytes]:
-    """The names of the fields that we put before, and what comes behind them."""
-    match = _OURS.match(content)
-    assert match, content[:500]
-    return re.findall(r"^([A-Za-z-]+):", match[0].decode(), re.MULTILINE), content[match.end() :]
+    async with line_of(tmp_path, senders="") as found:
+        yield found
 
 
 async def test_smtplib(line: Line) -> None:
@@ -137,7 +76,8 @@ async def test_msmtp(line: Line, tool: Tool, tmp_path: Path) -> None:
 
 
 NODEMAILER = """
-const transport = require("nodemailer").createTransport({host: process.env.HOST, port: +process.env.PORT, name: "app", ignoreTLS: true});
+const transport = require("nodemailer").createTransport({host: process.env.HOST, port: +process.env.PORT, name: "app",
+  ...JSON.parse(process.env.OPTIONS)});
 transport.sendMail({envelope: {from: process.env.SENDER, to: JSON.parse(process.env.RECIPIENTS)}, raw: require("fs").readFileSync(0)},
   (error, info) => { if (error) { console.error(error); process.exit(1); } console.log(info.response); transport.close(); });
 """
@@ -148,7 +88,7 @@ async def test_nodemailer(line: Line, tool: Tool) -> None:
         tool("nodemailer, the Debian package node-nodemailer,")
     await line.run(
         tool("node"), "-e", NODEMAILER, stdin=OCTETS, NODE_PATH="/usr/share/nodejs", HOST=line.host, PORT=str(line.port), SENDER=SENDER,
-        RECIPIENTS=json.dumps(RECIPIENTS),
+        RECIPIENTS=json.dumps(RECIPIENTS), OPTIONS='{"ignoreTLS": true}',
     )  # fmt: skip
     (transaction,) = await line.arrived()
     assert (transaction.sender, transaction.recipients) == (SENDER, RECIPIENTS)
@@ -168,3 +108,149 @@ async def test_smtp_source(line: Line, tool: Tool) -> None:
         assert theirs.startswith(b"From: <app@acme.example>\r\n") and theirs.endswith(b"XXXXXXX\r\n")
         assert abs(len(theirs) - 5000) < 300
     assert len({transaction.content for transaction in transactions}) == 20
+
+
+# -- with a login, and under TLS --------------------------------------------------------------------------------------------
+
+USER, PASSWORD = "erp", "pa:ss w0rd="
+LISTENERS = """
+  - {{bind: "127.0.0.1:0", name: starttls, security: starttls, certificate: {certificate}, key: {key}, auth: required, require_tls: true}}
+  - {{bind: "127.0.0.1:0", name: tls, security: tls, certificate: {certificate}, key: {key}, auth: required}}
+  - {{bind: "127.0.0.1:0", name: clear, auth: required}}"""
+WAYS = {"starttls": "ESMTPSA", "tls": "ESMTPSA", "clear": "ESMTPA"}
+
+
+@pytest.fixture
+async def closed(tmp_path: Path, tls: Authority) -> AsyncIterator[Line]:
+    """A line that wants a login, one listener for each way."""
+    files = tls.files()
+    more = f"users: {{{USER}: {{password: '{PASSWORD}', senders: [acme.example]}}}}"
+    async with line_of(tmp_path, listeners=LISTENERS.format(certificate=files.certificate, key=files.key), more=more) as found:
+        yield found
+
+
+async def arrived_by_every_way(line: Line) -> list[bytes]:
+    """What each of the ways brought, without what is ours: in the order of WAYS."""
+    transactions = await line.arrived(len(WAYS))
+    accepted = {event["id"]: event for event in line.relay.events("accepted")}
+    assert {event["listener"]: event["user"] for event in accepted.values()} == dict.fromkeys(WAYS, USER)
+    found = {}
+    for transaction in transactions:
+        trace = transaction.content.partition(b"with ")[2].split(b" ", 3)
+        way = accepted[trace[2].rstrip(b";\r\n").split(b"\r\n")[0].rstrip(b";").decode()]["listener"]
+        assert trace[0].decode() == WAYS[way]
+        assert (transaction.sender, transaction.recipients) == (SENDER, RECIPIENTS)
+        found[way] = split_ours(transaction.content)[1]
+    return [found[way] for way in WAYS]
+
+
+async def test_smtplib_logs_in(closed: Line, tls: Authority) -> None:
+    context = tls.client_context()
+
+    def send(way: str) -> None:
+        host, port = closed.relay.address(way)
+        with smtplib.SMTP_SSL(host, port, context=context) if way == "tls" else smtplib.SMTP(host, port) as client:
+            if way == "starttls":
+                client.starttls(context=context)
+            client.login(USER, PASSWORD)
+            client.sendmail(SENDER, RECIPIENTS, OCTETS, mail_options=["BODY=8BITMIME"])
+
+    for way in WAYS:
+        await asyncio.to_thread(send, way)
+    assert await arrived_by_every_way(closed) == [OCTETS] * 3
+
+
+async def test_swaks_logs_in(closed: Line, tool: Tool, tls: Authority, tmp_path: Path) -> None:
+    (tmp_path / "message").write_bytes(OCTETS)
+    secure = {"starttls": ["--tls"], "tls": ["--tlsc"], "clear": []}
+    for way, mechanism in zip(WAYS, ("PLAIN", "LOGIN", "PLAIN"), strict=True):
+        host, port = closed.relay.address(way)
+        await closed.run(
+            tool("swaks"), "--server", host, "--port", str(port), "--from", SENDER, "--to", ",".join(RECIPIENTS), "--auth", mechanism,
+            "--auth-user", USER, "--auth-password", PASSWORD, *secure[way], "--data", f"@{tmp_path / 'message'}",
+            *(["--tls-verify", "--tls-ca-path", str(tls.ca_file)] if secure[way] else []),
+        )  # fmt: skip
+    assert await arrived_by_every_way(closed) == [OCTETS + b"\r\n"] * 3
+
+
+async def test_curl_logs_in(closed: Line, tool: Tool, tls: Authority, tmp_path: Path) -> None:
+    (tmp_path / "message").write_bytes(OCTETS)
+    recipients = [option for recipient in RECIPIENTS for option in ("--mail-rcpt", recipient)]
+    for way in WAYS:
+        host, port = closed.relay.address(way)
+        await closed.run(
+            tool("curl"), "-sS", f"{'smtps' if way == 'tls' else 'smtp'}://{host}:{port}/app", "--cacert", str(tls.ca_file),
+            "--user", f"{USER}:{PASSWORD}", *(["--ssl-reqd"] if way == "starttls" else []), "--mail-from", SENDER, *recipients,
+            "--upload-file", str(tmp_path / "message"),
+        )  # fmt: skip
+    assert await arrived_by_every_way(closed) == [OCTETS] * 3
+
+
+async def test_msmtp_logs_in(closed: Line, tool: Tool, tls: Authority, tmp_path: Path) -> None:
+    (tmp_path / "password").write_text(f"{PASSWORD}\n")
+    secure = {"starttls": ["--tls=on", "--tls-starttls=on"], "tls": ["--tls=on", "--tls-starttls=off"], "clear": ["--tls=off"]}
+    for way, mechanism in zip(WAYS, ("on", "login", "plain"), strict=True):
+        host, port = closed.relay.address(way)
+        await closed.run(
+            tool("msmtp"), "--file=/dev/null", f"--host={host}", f"--port={port}", *secure[way], f"--tls-trust-file={tls.ca_file}",
+            f"--auth={mechanism}", f"--user={USER}", f"--passwordeval=cat {tmp_path / 'password'}", f"--from={SENDER}", *RECIPIENTS,
+            stdin=OCTETS.replace(b"\r\n", b"\n"), HOME=str(tmp_path),
+        )  # fmt: skip
+    assert await arrived_by_every_way(closed) == [OCTETS] * 3
+
+
+async def test_nodemailer_logs_in(closed: Line, tool: Tool, tls: Authority) -> None:
+    if not Path("/usr/share/nodejs/nodemailer").exists():
+        tool("nodemailer, the Debian package node-nodemailer,")
+    secure = {"starttls": {"requireTLS": True}, "tls": {"secure": True}, "clear": {"ignoreTLS": True}}
+    for way in WAYS:
+        host, port = closed.relay.address(way)
+        options = {"auth": {"user": USER, "pass": PASSWORD}, **secure[way]}
+        await closed.run(
+            tool("node"), "-e", NODEMAILER, stdin=OCTETS, NODE_PATH="/usr/share/nodejs", HOST=host, PORT=str(port), SENDER=SENDER,
+            RECIPIENTS=json.dumps(RECIPIENTS), OPTIONS=json.dumps(options), NODE_EXTRA_CA_CERTS=str(tls.ca_file),
+        )  # fmt: skip
+    assert await arrived_by_every_way(closed) == [OCTETS] * 3
+
+
+# Apache Commons Email over Jakarta Mail, in a script: a runtime has no compiler.
+JAVA = """
+for (String way : System.getenv("WAYS").split(",")) {
+    email = new org.apache.commons.mail.SimpleEmail();
+    email.setCharset("utf-8");
+    email.setHostName("localhost");
+    port = System.getenv("PORT_" + way);
+    email.setSmtpPort(Integer.parseInt(port));
+    email.setSslSmtpPort(port);
+    email.setStartTLSRequired(way.equals("starttls"));
+    email.setSSLOnConnect(way.equals("tls"));
+    email.setSSLCheckServerIdentity(true);
+    email.setAuthentication(System.getenv("LOGIN"), System.getenv("PASSWORD"));
+    email.setFrom(System.getenv("SENDER"), "Jörg");
+    email.addTo("you@example.org");
+    email.addBcc("her@example.org");
+    email.setSubject("Grüße");
+    email.setMsg("one\\n.\\n..two\\nGrüße\\n");
+    email.send();
+}
+"""
+JARS = [f"/usr/share/java/{name}.jar" for name in ("bsh", "commons-email", "javax.mail", "javax.activation")]
+
+
+async def test_java_logs_in(closed: Line, tool: Tool, tls: Authority, tmp_path: Path) -> None:
+    for jar in JARS:
+        if not Path(jar).exists():
+            tool(f"{jar}, of the Debian packages bsh and libcommons-email-java,")
+    store = tmp_path / "trusted.p12"
+    trust = ["-keystore", str(store), "-storepass", "changeit"]
+    await closed.run(tool("keytool"), "-importcert", "-noprompt", "-alias", "ca", "-file", str(tls.ca_file), *trust)
+    (tmp_path / "send.bsh").write_text(JAVA, encoding="utf-8")
+    said = await closed.run(
+        tool("java"), f"-Djavax.net.ssl.trustStore={store}", "-Djavax.net.ssl.trustStorePassword=changeit", "-Dfile.encoding=UTF-8", "-cp",
+        ":".join(JARS), "bsh.Interpreter", str(tmp_path / "send.bsh"), WAYS=",".join(WAYS), LOGIN=USER, PASSWORD=PASSWORD, SENDER=SENDER,
+        **{f"PORT_{way}": str(closed.relay.address(way)[1]) for way in WAYS},
+    )  # fmt: skip
+    assert "exception" not in said, said
+    for content in await arrived_by_every_way(closed):
+        assert b"\r\nSubject: =?UTF-8?Q?Gr=C3=BC=C3=9Fe?=\r\n" in content and b"her@example.org" not in content
+        assert content.endswith(b"\r\n\r\none\r\n.\r\n..two\r\nGr=C3=BC=C3=9Fe\r\n")

@@ -7,6 +7,7 @@ import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -16,6 +17,7 @@ from relay.config.secrets import Secret
 from relay.mail.outcome import Outcome, Phase, Status
 from relay.upstream import dial as dial_module
 from tests.support.certificates import Authority
+from tests.support.eventually import eventually
 from tests.support.upstream import Close, Drip, Garbage, Half, Hang, Reset, Say, ScriptedUpstream, unused_port
 from tests.support.upstream import Phase as ScriptPhase
 from tests.system.upstreams import PATIENT, RECIPIENT, all_sent, outgoing, pool_to, raw_server, secured, settings, words
@@ -453,20 +455,70 @@ async def test_an_address_that_swallows_everything_costs_a_delay_and_not_the_mai
         assert words([await try_once(server, upstream)]) == ["deferred upstream resolve fallback"]
 
 
-async def test_a_resolver_that_hangs_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    answering = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answering.wait(5) and [])
-    loop = asyncio.new_event_loop()  # whatever the test's own loop resolves with
+async def test_a_resolver_that_hangs_is_given_up_in_time_and_holds_up_no_other_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering, real = threading.Event(), socket.getaddrinfo
+    asked: list[str] = []
+
+    def look_up(host: str, *rest: Any) -> Any:
+        asked.append(host)
+        if host.startswith("slow"):
+            answering.wait(10)
+            raise socket.gaierror(socket.EAI_AGAIN, "try again")
+        return real(host, *rest)
+
+    async def dialled(host: str, port: int = 25, *, seconds: float = 0.05) -> None:
+        connection = await dial_module.dial(host, port, source_address=None, timeout_seconds=seconds, names=names)
+        connection.close()
+
+    names = dial_module.Names()
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     try:
-        with pytest.raises(dial_module.NoConnection, match=r"the name slow\.example could not be resolved within 0\.05 s") as caught:
-            await asyncio.to_thread(
-                loop.run_until_complete, dial_module.dial("slow.example", 25, source_address=None, timeout_seconds=0.05)
-            )
-        assert caught.value.phase is Phase.RESOLVE
+        async with ScriptedUpstream() as server:
+            hanging = [f"slow{number % 50}.example" for number in range(100)]
+            refusals = asyncio.gather(*map(dialled, hanging), return_exceptions=True)
+            await dialled("localhost", server.port, seconds=10)
+            for host, refusal in zip(hanging, await refusals, strict=True):
+                assert str(refusal) == f"the name {host} could not be resolved within 0.05 s"
+                assert isinstance(refusal, dial_module.NoConnection) and refusal.phase is Phase.RESOLVE
+        assert sorted(asked) == sorted({*hanging, "localhost"}), "each once for all who ask"
+        last = asyncio.ensure_future(dialled(hanging[0], seconds=10))
+        await asyncio.sleep(0)
     finally:
         answering.set()
-        await asyncio.to_thread(loop.run_until_complete, loop.shutdown_default_executor())
-        loop.close()
+    with pytest.raises(dial_module.NoConnection, match="cannot be resolved: try again"):
+        await last
+    await eventually(lambda: not names._asked, "all answers")
+
+
+async def test_of_very_many_names_not_all_are_looked_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dial_module, "_LOOKUPS_LIMIT", 2)
+    at_work: list[int] = []
+    gate = threading.Semaphore(0)
+
+    def look_up(*_: object) -> Any:
+        at_work.append(1)
+        gate.acquire(timeout=10)
+        at_work.pop()
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    names = dial_module.Names()
+    found = [asyncio.ensure_future(names.find(f"n{number}.example", 25, 0)) for number in range(5)]
+    for left in range(5, 0, -1):
+        await eventually(partial(lambda left: len(at_work) == min(2, left), left), "as many as may")
+        gate.release()
+        await asyncio.wait(found, return_when=asyncio.FIRST_COMPLETED)
+        found = [each for each in found if not each.done()]
+        assert len(found) == left - 1
+
+
+async def test_without_a_thread_to_look_a_name_up_it_is_not_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(dial_module.NoConnection, match="no thread is left"):
+        await dial_module.dial("some.example", 25, source_address=None, timeout_seconds=1, names=dial_module.Names())
 
 
 async def test_a_connection_attempt_that_is_cut_off_leaves_no_socket(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,8 @@ def gate(*networks: str, connections: int = 10) -> Access:
         (("0.0.0.0/0",), "203.0.113.9", True),
         (("0.0.0.0/0",), "2001:db8::1", False),
         ((), "127.0.0.1", False),
+        ((), "uid:1000", True),
+        (("127.0.0.0/8",), "unix", False),
     ],
 )
 def test_only_allowed_networks_enter(networks: tuple[str, ...], client: str, enters: bool) -> None:
@@ -43,7 +45,7 @@ def test_over_the_limit_is_temporary_and_ends_when_one_leaves() -> None:
     access = gate("127.0.0.0/8", connections=2)
     assert [access.enter("127.0.0.1"), access.enter("127.0.0.2")] == [None, None]
     assert str(access.enter("127.0.0.1")) == "421 4.7.0 Too many connections"
-    access.leave()
+    access.leave("127.0.0.1")
     assert access.enter("127.0.0.3") is None
     assert access.enter("127.0.0.1") is not None
 
@@ -54,3 +56,39 @@ def test_whoever_is_not_allowed_is_not_counted_and_hears_so_also_when_it_is_full
         assert str(access.enter("192.0.2.1")).startswith("554")
     assert access.enter("127.0.0.1") is None
     assert str(access.enter("192.0.2.1")).startswith("554")
+
+
+def test_a_probe_may_come_from_anywhere_and_is_counted() -> None:
+    access = gate("192.0.2.0/24", connections=1)
+    assert access.enter("10.9.9.9", probe=True) is None
+    assert str(access.enter("10.9.9.9", probe=True)).startswith("421")
+    access.leave("10.9.9.9")
+    assert str(access.enter("10.9.9.9")).startswith("554")
+
+
+def test_one_client_has_its_own_limit_and_others_theirs() -> None:
+    access = Access((ip_network("127.0.0.0/8"),), connections=4, per_client=2)
+    assert [access.enter("127.0.0.1") for _ in range(2)] == [None, None]
+    assert str(access.enter("127.0.0.1")) == "421 4.7.0 Too many connections from one client"
+    assert [access.enter("127.0.0.2") for _ in range(2)] == [None, None]
+    assert str(access.enter("127.0.0.2")) == "421 4.7.0 Too many connections"
+    access.leave("127.0.0.1")
+    assert str(access.enter("127.0.0.2")) == "421 4.7.0 Too many connections from one client"
+    assert access.enter("127.0.0.1") is None
+
+
+def test_users_of_a_unix_socket_have_a_limit_each() -> None:
+    access = Access((), connections=10, per_client=1)
+    assert [access.enter("uid:0"), access.enter("uid:1000")] == [None, None]
+    assert str(access.enter("uid:1000")).startswith("421")
+
+
+def test_clients_that_have_left_are_forgotten() -> None:
+    """A listener meets more addresses in a year than there is memory for."""
+    access = Access((ip_network("10.0.0.0/8"),), connections=5, per_client=3)
+    for number in range(10_000):
+        client = f"10.0.{number >> 8}.{number & 255}"
+        assert access.enter(client) is None and access.enter(client) is None
+        access.leave(client)
+        access.leave(client)
+    assert (access._open, access._open_by) == (0, {})

@@ -1,5 +1,6 @@
 """One attempt: matched again, rewritten, asked for permission, sent in as many transactions as it takes, one outcome for each recipient."""
 
+import errno
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ import pytest
 
 from relay.clock import ManualClock
 from relay.config.model import Config, Retry
+from relay.delivery import attempt as module
 from relay.delivery.attempt import Attempts, Result
 from relay.delivery.breaker import Breakers
 from relay.mail.envelope import Origin
@@ -207,6 +209,11 @@ async def test_a_bounce_of_ours_is_held_only_where_its_sender_is_served_no_more(
     result = await bench.send(claim_of("app@acme.example", **REPORTED), config_of(routes))
     assert (result.moved is None) == sent
     assert sent or "no route takes its sender" in held(result) or "now rejects it: no" in held(result)
+
+
+async def test_a_bounce_of_ours_reaches_a_sender_who_also_gets_the_hidden_copies(bench: Bench) -> None:
+    result = await bench.send(claim_of("app@acme.example", **REPORTED), rewriting({"bcc": "app@acme.example"}))
+    assert dict(result.outcomes) == {"app@acme.example": SENT}
 
 
 async def test_an_apps_own_null_sender_has_no_such_ways_around_a_route(bench: Bench) -> None:
@@ -448,6 +455,27 @@ async def test_those_not_yet_tried_are_not_in_doubt(bench: Bench) -> None:
     assert all(outcome.status is Status.DEFERRED for outcome in result.outcomes.values())
 
 
+@pytest.mark.parametrize(
+    ("code", "enhanced", "text", "speaks_for_all"),
+    [
+        (554, "5.7.1", "Relay access denied", False),
+        (450, "4.7.1", "Relaying denied", False),
+        (550, "5.7.1", "Sender address rejected: not by this recipient", False),
+        (530, "5.7.0", "Authentication required", True),
+        (421, "4.3.2", "closing", True),
+        (450, "4.7.0", "Rate limit exceeded", True),
+    ],
+)
+async def test_what_is_said_to_one_recipient_speaks_for_the_others_only_where_it_is_about_the_session(
+    bench: Bench, code: int, enhanced: str, text: str, speaks_for_all: bool
+) -> None:  # fmt: skip
+    odd = outcome_of_reply(Phase.RCPT, Reply(code, enhanced, text))
+    assert odd.scope in (Scope.UPSTREAM, Scope.CREDENTIAL)
+    setup = config_of(upstreams={"acme": {"limits": {"recipients": 1}}})
+    result = await bench.send(claim_of(*names(3)), setup, answer=lambda _, now: [odd if "r0@" in now[0] else SENT])
+    assert [result.outcomes[name] for name in names(3)] == ([odd] * 3 if speaks_for_all else [odd, SENT, SENT])
+
+
 @pytest.mark.parametrize("outcome", [REFUSED, GREYLISTED, outcome_of_reply(Phase.FINAL, Reply(554, "5.6.0", "no"))])
 async def test_a_fate_of_recipient_or_message_says_nothing_about_those_not_yet_tried(bench: Bench, outcome: Outcome) -> None:
     assert outcome.scope in (Scope.RECIPIENT, Scope.MESSAGE)
@@ -465,6 +493,22 @@ async def test_content_that_cannot_be_read_is_held(bench: Bench, tmp_path: Path)
     assert held(result) == "its content cannot be read: No such file or directory"
     assert result.moved is not None
     assert result.moved.when == math.inf, "it does not bounce by itself: a person may find the file again"
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+async def test_content_that_cannot_be_read_for_lack_of_something_else_is_tried_again(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:  # fmt: skip
+    def lacking(*_: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(module, "_read_head", lacking)
+    result = await bench.send(claim_of(content=Content(10, None, tmp_path / "there")))
+    assert result.moved is None
+    (outcome,) = result.outcomes.values()
+    assert (outcome.status, outcome.in_doubt, outcome.fallback) == (Status.DEFERRED, False, False)
+    assert str(outcome.reply) == f"its content cannot be read now: {os.strerror(number)}"
+    assert [event["id"] for event in bench.log.events("fault")] == ["00000000000A1"]
 
 
 async def test_held_mail_expires_when_its_route_says_so(bench: Bench) -> None:

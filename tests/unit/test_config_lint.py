@@ -38,6 +38,8 @@ def unreachable(*routes: dict[str, Any]) -> list[str]:
         ({"recipient": "b.example"}, {"sender": "a.example", "recipient": ["b.example", "c@b.example"]}),
         ({"client": "10.0.0.0/8"}, {"client": ["10.1.0.0/16", "10.2.3.4"]}),
         ({"client": "2001:db8::/32"}, {"client": "2001:db8::1"}),
+        ({"client": ["uid:1000", "10.0.0.0/8"]}, {"client": "uid:1000"}),
+        ({}, {"client": "uid:1000"}),
         ({"listener": ["x", "y"]}, {"listener": "y"}),
     ],
 )

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.config.load import ConfigError, examine, find_config, load
+from tests.support.certificates import Authority
 
 MINIMAL = 'upstreams: {acme: {host: smtp.acme.example}}\nroutes: [{sender: "*", upstream: acme}]\n'
 
@@ -208,6 +209,22 @@ def test_openssl_is_asked_when_a_check_is_thorough(file: Path) -> None:
     assert config is None
     assert finding.where == "upstreams.acme.ca_file"
     assert "OpenSSL cannot read the certificates" in finding.message
+
+
+def test_a_listeners_certificate_and_key_are_tried_when_a_check_is_thorough(file: Path, tls: Authority) -> None:
+    one, other = tls.files("one.example"), tls.files("other.example")
+    listener = f"{{bind: '127.0.0.1:0', security: tls, certificate: {one.certificate}, key: %s}}"
+    file.write_text(f"{MINIMAL}listeners: [{listener % one.key}]\n")
+    assert examine(file, {}, thorough=True)[1] == []
+    file.write_text(f"{MINIMAL}listeners: [{listener % other.key}]\n")
+    assert examine(file, {})[1] == []
+    config, (finding,) = examine(file, {}, thorough=True)
+    assert config is None
+    assert finding.where == "listeners[0].certificate"
+    assert finding.message == f"the key in {other.key} is not that of the certificate in {one.certificate}"
+    file.write_text(f"{MINIMAL}listeners: [{listener.replace(', key: %s', '')}]\n")
+    (finding,) = examine(file, {}, thorough=True)[1]
+    assert finding.message == f"there is no key: name its file with `key`, or add it to {one.certificate}"
 
 
 def test_the_spool_is_where_systemd_says(file: Path) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from relay.admin import control as module
-from relay.admin.control import Control, ControlInUse
+from relay.admin.control import Control
 from relay.admin.operator import Operator, Order, Progress, Verb
 from relay.admin.request import Refused, parse_request
 from relay.clock import SystemClock
 from relay.observe.journal import Journal
 from relay.spool.base import EVERYTHING, MessageId, Selection, SpoolError
+from relay.unix import SocketInUse
 from tests.support.eventually import eventually
 
 ID = MessageId("649D2A1B3C4D5")
@@ -220,7 +221,7 @@ async def test_the_socket_is_for_its_owner_and_group_whatever_the_umask(opened: 
 
 async def test_the_socket_of_a_relay_that_lives_is_never_replaced(opened: Open, tmp_path: Path) -> None:
     async with opened(Pages(Progress([ID], {}))):
-        with pytest.raises(ControlInUse, match="belongs to another relay"):
+        with pytest.raises(SocketInUse, match="belongs to another relay"):
             async with opened():
                 pass
         async with client(tmp_path) as one:
@@ -239,7 +240,7 @@ async def test_a_socket_at_which_another_program_listens_is_left_alone(opened: O
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(tmp_path / "c.sock"))
         other.listen()
-        with pytest.raises(ControlInUse, match="another program listens at"):
+        with pytest.raises(SocketInUse, match="another program listens at"):
             async with opened():
                 pass
         with socket.socket(socket.AF_UNIX) as probe:

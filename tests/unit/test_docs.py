@@ -10,9 +10,19 @@ from relay.cli import main
 from relay.config.load import examine
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ("README.md", "docs/operations.md", "docs/architecture.md", "CHANGELOG.md", "config.example.yaml")
+DOCUMENTS = (
+    "README.md",
+    "docs/listeners.md",
+    "docs/logins.md",
+    "docs/sendmail.md",
+    "docs/operations.md",
+    "docs/security.md",
+    "docs/architecture.md",
+    "CHANGELOG.md",
+    "config.example.yaml",
+)
 QUEUE = {f"queue {verb}" for verb in ("list", "show", "retry", "hold", "release", "drop", "bounce")}
-BUILT = {"serve", "check", "explain", "demo", "log", "trace", "schema", *QUEUE}
+BUILT = {"serve", "check", "explain", "demo", "log", "trace", "schema", "hash-password", "sendmail", *QUEUE}
 NOT_YET = "Not there yet"
 
 

@@ -13,6 +13,7 @@ CONFIG = """
 hostname: relay.example.net
 listeners: [{bind: "127.0.0.1:2525"}, {bind: "127.0.0.1:2526", name: inside}]
 aliases: {root: [ops@acme.example, log@acme.example]}
+users: {erp: {password: not-to-be-seen, senders: [acme.example, partner.example]}, crm: {password: not-to-be-seen, senders: "*"}}
 upstreams:
   acme: {host: smtp.acme.example, username: relay@acme.example, password: not-to-be-seen, senders: [acme.example]}
   house: {host: smtp.house.example, security: tls, username: apikey, password: not-to-be-seen, null_sender: null@house.example}
@@ -24,6 +25,7 @@ routes:
     upstream: acme
     rewrite: {subject_prefix: "[acme] ", bcc: archive@acme.example}
     fallback: {upstream: house, rewrite: {envelope_sender: bounces@house.example}}
+  - {name: crm, sender: partner.example, user: crm, upstream: house}
   - {name: spam, sender: spam.example, reject: not ours to send}
 """
 
@@ -134,3 +136,27 @@ def test_the_table_of_fates_has_a_line_for_every_row(tmp_path: Path, capsys: pyt
     assert any(line.split()[:5] == ["final", "2xx", "sent", "message", "-"] for line in lines)
     assert ask(tmp_path, "--outcomes", "--json") == 0
     assert json.loads(capsys.readouterr().out)[0]["phase"] == "resolve"
+
+
+@pytest.mark.parametrize(
+    ("user", "sender", "code", "part"),
+    [
+        ("erp", "app@acme.example", 0, "route acme: sender acme.example"),
+        ("erp", "app@globex.example", 1, "553 5.7.1: the envelope sender app@globex.example is not one of its senders"),
+        ("erp", "app@partner.example", 1, "crm: user erp is not crm"),
+        ("crm", "app@partner.example", 0, "route crm: sender partner.example; user crm"),
+        ("crm", "app@globex.example", 0, "route globex"),
+        ("", "app@partner.example", 64, "no such user"),
+    ],
+)
+def test_a_user_has_its_own_senders_and_routes(
+    user: str, sender: str, code: int, part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask(tmp_path, "--from", sender, "--to", "bob@example.org", "--user", user) == code
+    printed = capsys.readouterr()
+    assert part in printed.out + printed.err
+
+
+def test_who_does_not_log_in_is_no_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask(tmp_path, "--from", "app@partner.example", "--to", "bob@example.org") == 1
+    assert "crm: user (none) is not crm" in capsys.readouterr().out

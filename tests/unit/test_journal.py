@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from relay.clock import ManualClock
+from relay.observe import journal as module
 from relay.observe.journal import Journal, capture_logging
 
 DELIVERY: dict[str, Any] = {
@@ -231,6 +233,47 @@ async def test_a_reader_who_does_not_read_stops_no_mail() -> None:
     reader.join(timeout=10)
     os.close(reading)
     assert b"".join(text).count(b"\n") == 3000
+
+
+def test_what_a_reader_who_does_not_read_has_missed_is_counted_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_WAITING_CHARACTERS", 100_000)
+    reading, writing = os.pipe()
+    journal = Journal(ManualClock(), format="text", level="info", descriptor=writing)
+    for number in range(3000):
+        journal.note("info", f"{number} {'x' * 100}")
+    text: list[bytes] = []
+
+    def read() -> None:
+        while octets := os.read(reading, 65536):
+            text.append(octets)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    deadline = time.monotonic() + 10
+    while journal._taken < journal._handed:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    journal.note("info", "the last")
+    journal.close()
+    os.close(writing)
+    reader.join(timeout=10)
+    os.close(reading)
+    lines = b"".join(text).decode().splitlines()
+    lost = [int(line.partition('what="')[2].split()[0]) for line in lines if " lines of this log are lost" in line]
+    assert sum(lost) > 1000
+    assert len(lines) - 1 - len(lost) + sum(lost) == 3000
+    assert any(line.endswith('what="the last"') for line in lines[-2:])
+
+
+def test_only_short_texts_are_remembered(paper: Paper) -> None:
+    journal = paper.journal()
+    names = ",".join(f"r{number}@never-seen.example" for number in range(1000))
+    module._known.cache_clear()
+    journal = paper.journal()
+    journal.sent(**{**DELIVERY, "recipients": names})
+    journal.close()
+    assert names in paper.text()
+    assert module._known.cache_info().currsize == 4, "route, upstream, sender and reply"
 
 
 def test_a_reader_who_has_gone_stops_no_mail() -> None:

@@ -12,12 +12,14 @@ def test_what_is_counted_has_the_names_that_dashboards_depend_on() -> None:
     metrics.recovered(route="acme", upstream="acme")
     metrics.breaker_opened(upstream="acme", kind="connection")
     metrics.breaker_closed(upstream="acme", kind="connection")
+    metrics.refused(listener="local", reason="size")
     lines = [line for line in generate_latest(metrics.registry).decode().splitlines() if "_total{" in line]
     assert lines == [
         'relay_degraded_total{route="acme",upstream="house"} 2.0',
         'relay_recovered_total{route="acme",upstream="acme"} 1.0',
         'relay_breaker_opened_total{kind="connection",upstream="acme"} 1.0',
         'relay_breaker_closed_total{kind="connection",upstream="acme"} 1.0',
+        'relay_refused_total{listener="local",reason="size"} 1.0',
     ]
 
 

@@ -18,6 +18,7 @@ from relay.observe.journal import Journal
 from relay.spool.base import EVERYTHING, Claim, Content, Draft, Lane, MessageId, Next, Queued, Selection, Settlement
 from relay.spool.sqlite import SqliteSpool
 from relay.spool.sqlite_view import SqliteView
+from tests.support.eventually import eventually
 
 LATER = outcome_of_reply(Phase.RCPT, Reply(450, "4.2.1", "mailbox busy"))
 A, B = Lane("acme", "first"), Lane("globex", "second")
@@ -30,12 +31,18 @@ class Delivery:
         self.woken: list[tuple[Lane, float]] = []
         self.tried: list[str] = []
         self.given_up: list[tuple[MessageId, str]] = []
+        self.stores = asyncio.Event()
+        self.stores.set()
 
     def wake(self, lane: Lane, when: float) -> None:
         self.woken.append((lane, when))
 
-    def give_up(self, claims: Sequence[Claim], reason: str) -> None:
+    def give_up(self, claims: Sequence[Claim], reason: str) -> list["asyncio.Task[None]"]:
         self.given_up += [(claim.id, reason) for claim in claims]
+        return [asyncio.ensure_future(self._end()) for _ in claims]
+
+    async def _end(self) -> None:
+        await self.stores.wait()
 
     def try_now(self, upstream: str) -> None:
         self.tried.append(upstream)
@@ -170,6 +177,22 @@ async def test_bouncing_takes_few_into_memory_at_a_time(house: House, monkeypatc
     await house.order(Verb.BOUNCE, reason="enough")
     assert taken == [2, 2, 1]
     assert house.delivery.given_up == [(id, "enough") for id in ids]
+
+
+async def test_what_is_given_up_is_told_when_its_end_is_stored_and_not_before(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(module, "_PAGE_CLAIMS", 2)
+    ids = [await house.put() for _ in range(3)]
+    house.delivery.stores.clear()
+    order = asyncio.ensure_future(house.order(Verb.BOUNCE))
+    await eventually(lambda: bool(house.delivery.given_up), "the first two")
+    for _ in range(20):
+        await asyncio.sleep(0.001)
+    assert (house.told, len(house.delivery.given_up)) == ([], 2), "nor is more taken into memory"
+    house.delivery.stores.set()
+    await order
+    assert house.changed == ids
 
 
 async def test_mail_that_comes_during_an_order_is_left_alone(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

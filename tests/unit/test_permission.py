@@ -4,7 +4,7 @@ import pytest
 
 from relay.config.model import Upstream
 from relay.mail.header import Scan, scan
-from relay.mail.permission import objection, report_author
+from relay.mail.permission import objection, report_author, user_objection
 
 ACME = ("acme.example",)
 
@@ -65,6 +65,13 @@ def test_what_is_not_for_sure_ones_own_may_not(senders: tuple[str, ...], envelop
     said = objection(senders, envelope_sender, found(*fields))
     assert said is not None
     assert reason in said
+
+
+@pytest.mark.parametrize("senders", [ACME, ("*",), ()])
+@pytest.mark.parametrize("fields", [["From: app@acme.example"], ["From: x@globex.example"], ["From: a, b"], []])
+def test_a_user_may_send_what_his_senders_name_and_a_star_names_all(senders: tuple[str, ...], fields: list[str]) -> None:
+    allowed = "*" in senders or (senders == ACME and fields == ["From: app@acme.example"])
+    assert (user_objection(senders, "app@acme.example", found(*fields)) is None) is allowed
 
 
 def test_the_configuration_writes_senders_in_the_form_that_is_compared() -> None:

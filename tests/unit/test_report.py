@@ -2,6 +2,7 @@
 
 import email
 import random
+import threading
 from collections.abc import AsyncIterator, Mapping
 from email.message import Message
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 
 from relay.clock import ManualClock
 from relay.config.model import Config
+from relay.delivery import report as report_module
 from relay.delivery import settle
 from relay.delivery.attempt import Result
 from relay.delivery.breaker import Breakers
 from relay.delivery.settle import Settler
+from relay.mail.bounce import make_bounce
 from relay.mail.envelope import Envelope, Origin, Recipient
 from relay.mail.outcome import Failure, Outcome, Phase, outcome_of_failure, outcome_of_reply
 from relay.mail.reply import Reply
@@ -164,6 +167,23 @@ async def test_one_report_tells_of_success_failure_and_delay(house: House) -> No
     assert (event["failed"], event["delayed"], event["relayed"]) == ("b@example.org", "c@example.org", "a@example.org")
 
 
+@pytest.mark.parametrize(("count", "in_a_thread"), [(20, False), (21, True), (1000, True)])
+async def test_a_long_report_is_made_beside_the_loop(
+    house: House, monkeypatch: pytest.MonkeyPatch, count: int, in_a_thread: bool
+) -> None:  # fmt: skip
+    threads: list[int] = []
+
+    def make(*arguments: Any, **keys: Any) -> Any:
+        threads.append(threading.get_ident())
+        return make_bounce(*arguments, **keys)
+
+    monkeypatch.setattr(report_module, "make_bounce", make)
+    await house.settle(await house.claim(*(f"r{number}@example.org" for number in range(count))), REFUSED)
+    assert [thread != threading.get_ident() for thread in threads] == [in_a_thread]
+    (report,) = await house.reports()
+    assert len(fates(report)) == count
+
+
 # -- delay -----------------------------------------------------------------------------------------------------------------
 
 
@@ -284,11 +304,15 @@ async def test_a_failure_brings_back_the_whole_message_where_that_was_asked_for(
     assert part(report, 2).get_payload(0).as_bytes() == (PREFIX + CONTENT).replace(b"\r\n", b"\n")  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize(("read", "there"), [(False, True), (True, True), (False, False)])
-async def test_of_a_large_message_the_header_comes_back_read_or_not(house: House, tmp_path: Path, read: bool, there: bool) -> None:
-    path = tmp_path / "content"
-    path.write_bytes(CONTENT + b"x" * 300_000)
-    claim = (await house.claim(ret="FULL"))._replace(content=Content(300_000, None, path if there else tmp_path / "gone"))
+async def test_of_a_large_message_the_header_comes_back_read_or_not(
+    house: House, tmp_path: Path, read: bool, there: bool, in_memory: bool
+) -> None:  # fmt: skip
+    path, octets = tmp_path / "content", CONTENT + b"x" * 300_000
+    path.write_bytes(octets)
+    content = Content(len(octets), octets if in_memory else None, path if there else tmp_path / "gone")
+    claim = (await house.claim(ret="FULL"))._replace(content=content)
     await house.settler.settle(claim, Result({"you@example.org": REFUSED}, header_block=HEADER if read else b""))
     (report,) = await house.reports()
     shown = part(report, 2).get_payload(decode=True)

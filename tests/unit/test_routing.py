@@ -125,6 +125,15 @@ def test_all_conditions_must_hold_and_any_value_of_one() -> None:
         assert route_for(setup, Facts(good.sender, good.recipient, Origin(listener="apps", client=client))) == "routes[0]"
 
 
+def test_a_user_of_this_machine_is_a_client_too() -> None:
+    setup = config({"client": ["uid:1000", "10.0.0.0/8"]})
+    clients = ("uid:1000", "10.1.2.3", "uid:100", "1000")
+    taken = {client: route_for(setup, Facts("a@b.c", "d@e.f", Origin(client=client))) for client in clients}
+    assert taken == {"uid:1000": "routes[0]", "10.1.2.3": "routes[0]", "uid:100": None, "1000": None}
+    (verdict,) = Router(setup).explain(Facts("a@b.c", "d@e.f", Origin(client="uid:0")))
+    assert verdict.why == "client uid:0 is not in uid:1000, 10.0.0.0/8"
+
+
 def test_a_route_for_every_sender_and_some_recipients_keeps_its_place() -> None:
     setup = config({"sender": "acme.example", "listener": "x"}, {"recipient": "y.example"}, {"sender": "acme.example"}, {"recipient": "*"})
     assert route_for(setup, Facts("a@acme.example", "b@y.example")) == "routes[1]"

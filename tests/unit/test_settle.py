@@ -30,6 +30,7 @@ REJECTED = outcome_of_reply(Phase.FINAL, Reply(554, "5.6.0", "no"))
 GREYLISTED = outcome_of_reply(Phase.RCPT, Reply(450, "4.2.0", "later"))
 DOWN = outcome_of_failure(Phase.CONNECT, Failure.UNREACHABLE, "refused")
 LOST = outcome_of_failure(Phase.FINAL, Failure.TIMEOUT, "no reply")
+TOO_LARGE = outcome_of_failure(Phase.MAIL, Failure.LACKING, "SIZE")
 LOGIN_REFUSED = outcome_of_reply(Phase.AUTH, Reply(535, "5.7.8", "wrong"))
 THROTTLED = outcome_of_reply(Phase.MAIL, Reply(454, "4.7.0", "slow down"))
 HEADER = b"From: App <app@acme.example>\r\nSubject: hi\r\n"
@@ -183,11 +184,11 @@ async def test_a_held_message_waits_for_a_person_and_is_told_once(house: House) 
 @pytest.mark.parametrize("error", [SpoolError("disk on fire"), SpoolFull("no space left")])
 async def test_an_outcome_that_cannot_be_stored_is_stored_later(house: House, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(settle, "_AGAIN_SECONDS", 0.0)
-    house.spool.failures = [error] * 3
+    house.spool.failures = [error] * 100
     await house.settle(await house.claim(), SENT)
     assert await house.spool.next_due() == {}
     assert [entry.status for entry in house.spool.log] == ["sent"]
-    assert house.log.names() == ["fault"] * 3 + ["sent"]
+    assert house.log.names() == ["fault"] * 7 + ["sent"], "after 1, 2, 4, 8, 16, 32 and 64"
 
 
 @pytest.mark.parametrize("moved", [False, True])
@@ -349,6 +350,14 @@ async def test_a_recipient_refused_by_the_primary_is_no_sign_of_its_recovery(hou
     await house.settle(await house.claim(), DOWN)
     await house.settle(await house.claim(), GREYLISTED)
     assert house.log.events("recovered") == []
+
+
+async def test_a_message_that_only_the_fallback_can_take_degrades_nothing(house: House) -> None:
+    for _ in range(2):
+        (due,) = await house.settle(await house.claim(), TOO_LARGE)
+        assert due.lane == Lane("spare", "acme")
+        await house.settle(await house.claim(), SENT)
+    assert house.log.events("degraded", "recovered") == []
 
 
 async def test_each_route_is_degraded_on_its_own(house: House) -> None:

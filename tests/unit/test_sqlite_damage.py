@@ -230,6 +230,44 @@ async def test_a_message_that_makes_no_sense_is_held_without_end_with_the_reason
     await spool.close()
 
 
+@pytest.mark.parametrize("name", ["upstream", "route"])
+async def test_a_message_whose_lane_has_no_name_any_more_is_held_and_stops_nobody(attic: Attic, name: str) -> None:
+    drafts = await attic.fill(3)
+    attic.change(f"UPDATE message SET {name} = CAST(x'61ff' AS TEXT) WHERE id = ?", number_of(drafts[1].id))
+    spool = attic.open()
+    assert list(await spool.next_due()) == [LANE]
+    ((id, _, told),) = attic.told
+    assert (id, told.partition(":")[0]) == (drafts[1].id, "its record in the spool is damaged")
+    assert [claim.id for claim in await spool.claim(LANE, 10)] == [drafts[0].id, drafts[2].id]
+    await spool.close()
+    spool = attic.open()
+    assert list(await spool.next_due()) == [LANE]
+    assert len(attic.told) == 1
+    await spool.close()
+
+
+@pytest.mark.parametrize("again", [False, True])
+async def test_a_name_that_is_damaged_in_an_index_alone_holds_nothing(attic: Attic, again: bool) -> None:
+    lane = Lane("acmeacme", "acme")
+    drafts = await attic.fill(3, lane=lane)
+    path = attic.directory / DATABASE
+    octets = path.read_bytes()
+    (place,) = [start for start in range(0, len(octets), PAGE_BYTES) if octets[start] == 10 and b"acmeacme" in octets[start:][:PAGE_BYTES]]
+    page = octets[place : place + PAGE_BYTES].replace(b"acmeacme", b"acme\xffcme", 1)
+    path.write_bytes(octets[:place] + page + octets[place + PAGE_BYTES :])
+    spool = attic.open()
+    spool._claims._mended = again
+    if again:
+        with pytest.raises(SpoolError, match="damaged again"):
+            await spool.next_due()
+        await spool.close()
+        spool = attic.open()
+    assert list(await spool.next_due()) == [lane]
+    assert len(await spool.claim(lane, 10)) == len(drafts)
+    assert attic.told == []
+    await spool.close()
+
+
 async def test_what_was_put_aside_is_shown_and_can_be_dropped(attic: Attic) -> None:
     drafts = await attic.fill(3)
     attic.change("UPDATE message SET recipients = '[[1]' WHERE id = ?", number_of(drafts[1].id))

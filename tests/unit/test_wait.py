@@ -267,6 +267,7 @@ NO_VERDICT: list[tuple[str, Outcome | dict[str, Outcome], Lane]] = [
     ("throttled", THROTTLED, LANE),
     ("down without a fallback", DOWN, HOUSE),
     ("a refused login without a fallback", LOGIN_REFUSED, HOUSE),
+    ("refused on a new connection, and the old one may have taken it", {YOU: REFUSED._replace(in_doubt=True)}, LANE),
     ("one sent, one refused", {"a@example.org": SENT, "b@example.org": REFUSED}, LANE),
     ("one deferred, one refused", {"a@example.org": GREYLISTED, "b@example.org": REFUSED}, LANE),
     ("one for the fallback, one refused", {"a@example.org": DOWN, "b@example.org": REFUSED}, LANE),

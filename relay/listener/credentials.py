@@ -1,0 +1,193 @@
+"""Whether a client's name and password are right, and how long it has to wait to hear it.
+
+Hashes are verified in threads of their own, few of them and with a short queue, so that a flood of logins takes neither the loop's
+time nor every core. A right password is remembered for some minutes as a digest under a key of this process. Failures slow down whoever
+tries the same user from the same address, more each time: also the attempt that would be right, or silence would tell the wrong ones.
+
+State: the users, what was right lately, and the failures. Laws: an unknown user takes the same way and the same time as a wrong password;
+nothing is compared before its turn; the table of failures is bounded.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
+from ipaddress import IPv6Address, IPv6Network, ip_address
+
+from relay.clock import Clock
+from relay.config.listeners import User
+from relay.config.password import ScryptHash, parse_hash, prepared
+from relay.listener.login import Given
+
+#: An application that logs in for every message costs one hash in so many seconds.
+_REMEMBER_SECONDS = 300.0
+
+# So many logins wait for a thread: some five seconds' work. The others are asked to come again (454).
+_QUEUE = 40
+
+# After failures the next attempt waits 1 s, 2, 4 and so on: clients' own time limits begin at 30 s.
+_LONGEST_DELAY_SECONDS = 16.0
+_PATIENCE_SECONDS = 30.0
+_FORGET_SECONDS = 900.0
+_FAILURES = 4096
+
+
+class Verdict(Enum):
+    """What became of a login."""
+
+    RIGHT = "right"
+    WRONG = "wrong"
+    BUSY = "busy"  # not looked at: too many wait
+
+
+def growing_delay(failures: int) -> float:
+    """Seconds that each of so many failures in a row costs."""
+    return float(min(2.0 ** min(failures - 1, 10), _LONGEST_DELAY_SECONDS))
+
+
+class Credentials:
+    """The users of one configuration. Close it, or its threads stay."""
+
+    def __init__(self, users: Mapping[str, User], clock: Clock, *, delay: Callable[[int], float] = growing_delay) -> None:
+        self._clock = clock
+        self._key = secrets.token_bytes(32)
+        self._right: dict[str, tuple[bytes, float]] = {}
+        self._hashes: dict[str, ScryptHash] = {}
+        for name, user in users.items():
+            if user.password is not None:
+                self._right[name] = (self._digest(prepared(user.password.reveal())), float("inf"))
+            elif user.password_hash is not None:
+                self._hashes[name] = parse_hash(user.password_hash.reveal())
+        costliest = max(self._hashes.values(), key=lambda stored: stored.work, default=None)
+        self._decoy = costliest._replace(salt=secrets.token_bytes(16), digest=secrets.token_bytes(32)) if costliest else None
+        self._nobody = (secrets.token_bytes(32), 0.0)
+        self._failures = Failures(delay)
+        self._threads = ThreadPoolExecutor(2 if (os.cpu_count() or 1) > 2 else 1, thread_name_prefix="logins")
+        self._queued = 0
+        self._stopped = asyncio.Event()
+
+    def known(self, given: Given, client: str) -> bool:
+        """Whether this is right, as far as that can be told at once."""
+        return not self._failures.weigh(_key(given, client), self._clock.monotonic()) and self._is_known(given)
+
+    async def verify(self, given: Given, client: str) -> Verdict:
+        """Look at a login in its turn. Wrong ones are told when their time has come."""
+        if self.known(given, client):
+            return Verdict.RIGHT
+        key, now = _key(given, client), self._clock.monotonic()
+        turn = self._failures.turn(key, now)
+        if turn is None:
+            return Verdict.BUSY
+        await self._pause(turn - now)
+        begun = max(turn, self._clock.monotonic())
+        right = None if self._stopped.is_set() else await self._is_right(given)
+        if right is None:
+            return Verdict.BUSY
+        if right:
+            self._failures.forget(key)
+            return Verdict.RIGHT
+        until = self._failures.add(key, begun)
+        await self._pause(until - self._clock.monotonic())
+        return Verdict.WRONG
+
+    def stop(self) -> None:
+        """Let nobody wait any longer."""
+        self._stopped.set()
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _is_known(self, given: Given) -> bool:
+        digest, until = self._right.get(given.user, self._nobody)
+        same = hmac.compare_digest(self._digest(given.password), digest)
+        return same and given.password != "" and self._clock.monotonic() < until
+
+    async def _is_right(self, given: Given) -> bool | None:
+        """None when there is no room to find out. What is wrong costs a hash, whoever it is, once any user has one."""
+        if self._is_known(given):
+            return True
+        stored = self._hashes.get(given.user, self._decoy)
+        if stored is None:
+            return False
+        if self._queued >= _QUEUE:
+            return None
+        self._queued += 1
+        try:
+            matches = await asyncio.get_running_loop().run_in_executor(self._threads, stored.matches, given.password)
+        finally:
+            self._queued -= 1
+        if not (matches and given.password and given.user in self._hashes):
+            return False
+        self._right[given.user] = (self._digest(given.password), self._clock.monotonic() + _REMEMBER_SECONDS)
+        return True
+
+    async def _pause(self, seconds: float) -> None:
+        if seconds > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._stopped.wait()
+
+    def _digest(self, password: str) -> bytes:
+        return hmac.digest(self._key, password.encode("utf-8"), "sha256")
+
+
+class Failures:
+    """Who has failed lately, and when he may try again. Times are seconds of a monotonic clock."""
+
+    def __init__(self, delay: Callable[[int], float], *, limit: int = _FAILURES) -> None:
+        self._delay = delay
+        self._limit = limit
+        self._entries: dict[tuple[str, str], tuple[int, float]] = {}  # how many, and until when the next one waits; oldest first
+
+    def weigh(self, key: tuple[str, str], now: float) -> bool:
+        """Whether there are failures that still count."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return False
+        if now < entry[1] + _FORGET_SECONDS:
+            return True
+        del self._entries[key]
+        return False
+
+    def turn(self, key: tuple[str, str], now: float) -> float | None:
+        """When an attempt may begin; the one after it waits for it. None when that would be too long."""
+        if not self.weigh(key, now):
+            return now
+        failures, free = self._entries[key]
+        begin = max(now, free)
+        if begin - now > _PATIENCE_SECONDS:
+            return None
+        self._put(key, failures, begin + self._delay(failures))
+        return begin
+
+    def add(self, key: tuple[str, str], begun: float) -> float:
+        """Note a failure, and say when it may be told."""
+        failures, free = self._entries.get(key, (0, 0.0))
+        until = begun + self._delay(failures + 1)
+        self._put(key, failures + 1, max(free, until))
+        return until
+
+    def forget(self, key: tuple[str, str]) -> None:
+        self._entries.pop(key, None)
+
+    def _put(self, key: tuple[str, str], failures: int, free: float) -> None:
+        self._entries.pop(key, None)
+        self._entries[key] = (failures, free)
+        if len(self._entries) > self._limit:
+            del self._entries[next(iter(self._entries))]
+
+
+def _key(given: Given, client: str) -> tuple[str, str]:
+    """Whose failures are counted together: of one user from one address, or from one IPv6 network of a subscriber."""
+    try:
+        address = ip_address(client.partition("%")[0])
+    except ValueError:  # a process on this machine
+        return client, given.user
+    if isinstance(address, IPv6Address):
+        address = address.ipv4_mapped or IPv6Network((address, 64), strict=False).network_address
+    return str(address), given.user
