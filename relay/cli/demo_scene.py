@@ -43,6 +43,7 @@ routes:
   - {{name: initech, sender: initech.example, upstream: initech, fallback: {{upstream: house, rewrite:
      {{from: Initech via House <no-reply@house.example>, reply_to: original, envelope_sender: bounces@house.example}}}}}}
 spool: {{directory: {spool}}}
+control: {control}
 shutdown_timeout: 3s
 """
 
@@ -101,7 +102,7 @@ class Scene:
         """Start the providers and write the configuration with the relay's own address."""
         for upstream in self._upstreams:
             self.ports[upstream.name] = await upstream.open()
-        self.config_file.write_text(_CONFIGURATION.format(bind=bind, spool=self._directory / "spool", **self.ports))
+        self.config_file.write_text(_CONFIGURATION.format(bind=bind, spool=self._directory / "spool", control=self._directory / "control", **self.ports))
         self.config_file.chmod(0o600)
 
     async def close(self) -> None:

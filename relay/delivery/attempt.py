@@ -128,8 +128,10 @@ class Attempts:
         """Send to everybody. `outcomes` grows as the transactions end, so that an error in a later one forgets nobody."""
         upstream = self._config.upstreams[claim.lane.upstream]
         rules = self._rules(claim, route)
+        head, rest = claim.content.octets, None
         try:
-            head, rest = await self._read(claim.content)
+            if head is None:
+                head, rest = await self._read(claim.content)
         except OSError as error:
             if error.errno in _PASSING:
                 self._journal.fault("reading a message", error, id=claim.id)
@@ -174,6 +176,9 @@ class Attempts:
 
     async def _send_all(self, upstream: str, message: Outgoing, outcomes: dict[str, Outcome], *, limit: int) -> None:
         """Send in as many transactions as the recipients need: `limit` each, and again those that were too many for the upstream."""
+        if len(message.recipients) == 1:
+            (outcomes[message.recipients[0].address],) = await self._pool.send(upstream, message)
+            return
         if self._crowds:
             limit = min(limit, self._crowd(upstream, limit))
         waiting, guess = list(message.recipients), 0
@@ -203,9 +208,7 @@ class Attempts:
         return limit
 
     async def _read(self, content: Content) -> tuple[bytes, Callable[[], AsyncGenerator[bytes, None]] | None]:
-        """The content, or its head and how to get the rest. Raises OSError."""
-        if content.octets is not None:
-            return content.octets, None
+        """The content of a file, or its head and how to get the rest. Raises OSError."""
         assert content.path is not None, "content has octets or a path"
         path, loop = content.path, asyncio.get_running_loop()
         head = await loop.run_in_executor(None, _read_head, path, content.size)

@@ -30,6 +30,9 @@ _AGAIN_SECONDS = 1.0
 #: Until it is so old, a message that waits for an open breaker has not been told of: the shortest time that one is open.
 _NEW_SECONDS = 30.0
 
+#: How often it is told of a route that its upstream does not take some of the mail.
+_DIVERTING_SECONDS = 3600.0
+
 
 class Settler:
     """Settles attempts."""
@@ -49,6 +52,7 @@ class Settler:
         self._breakers = breakers
         self._metrics = metrics
         self._degraded: set[str] = set()
+        self._diverting: dict[str, float] = {}  # routes that were degraded by single messages, and until when that is known
         self._verdicts = Verdicts(waits or Waits(), spool, journal, clock)
 
     async def settle(self, claim: Claim, result: Result) -> list[Next]:
@@ -90,8 +94,8 @@ class Settler:
         if not await self._store(Settlement(report.claim, decided.outcomes, decided.next, report.draft, tried=news)):
             return []
         if news:
-            if decided.fallback and any(outcome.status is Status.DEFERRED for outcome in result.outcomes.values()):
-                self._tell_degraded(claim, decided)  # the upstream fails, and does not just refuse this one message
+            if decided.fallback:
+                self._tell_degraded(claim, decided, fails=any(o.status is Status.DEFERRED for o in result.outcomes.values()))
             self._tell(claim, decided)
         self._tell_upstream(claim, result)
         told = report.addresses(Action.FAILED)
@@ -205,9 +209,15 @@ class Settler:
             reason = "the sender asked for no notice" if sender else "a bounce is never bounced"
             self._journal.unbounced(id=claim.id, sender=sender or "<>", recipients=_names(failed), reason=reason)
 
-    def _tell_degraded(self, claim: Claim, decided: Plan) -> None:
-        """One event when a route begins to use its fallback."""
-        if claim.lane.route not in self._degraded:
+    def _tell_degraded(self, claim: Claim, decided: Plan, *, fails: bool) -> None:
+        """One event when a route begins to use its fallback. `fails`: its upstream does, and not only for this message.
+
+        One that takes other mail, and not what is too large or from a certain sender, would begin and recover with every message.
+        """
+        now = self._clock.monotonic()
+        if claim.lane.route not in self._degraded and (fails or self._diverting.get(claim.lane.route, now) <= now):
+            if not fails:
+                self._diverting[claim.lane.route] = now + _DIVERTING_SECONDS
             self._degraded.add(claim.lane.route)
             self._metrics.degraded(route=claim.lane.route, upstream=decided.fallback)
             reply = next(str(o.reply) for o in decided.outcomes.values() if o.status is Status.DEFERRED)

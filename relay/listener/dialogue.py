@@ -267,7 +267,7 @@ class Dialogue:
             elif keyword == "AUTH":  # RFC 4954 section 5: who the client says has sent it. Nobody is trusted to vouch for others
                 if not value:
                     return _SYNTAX
-            elif keyword not in ("RET", "ENVID"):  # RFC 3461, read already
+            elif keyword not in ("RET", "ENVID") and not keyword.startswith("X"):  # RFC 3461, read already; Exchange's XOORG and the like
                 return _UNKNOWN_PARAMETER
         return None
 
@@ -282,7 +282,7 @@ class Dialogue:
             notify = orcpt = ""
             if text:
                 parameters = parse_parameters(text)
-                if parameters.keys() - {"NOTIFY", "ORCPT"}:
+                if any(keyword not in ("NOTIFY", "ORCPT") and not keyword.startswith("X") for keyword in parameters):
                     return _UNKNOWN_PARAMETER
                 notify, orcpt = dsn.recipient_wishes(parameters, smtputf8=transaction.smtputf8)
         except AddressError as error:

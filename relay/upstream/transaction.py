@@ -96,7 +96,8 @@ class Transaction:
         except MalformedReply as nonsense:
             self.botched = True
             self._fill(outcome_of_failure(self._phase, Failure.NONSENSE, f"{nonsense} ({_MOMENT[self._phase]})"))
-        return self._told() if self._offer.dsn else self._fill(None)
+        wishes = self._offer.dsn and any(recipient.notify for recipient in self._message.recipients)
+        return self._told() if wishes else self._fill(None)
 
     def _told(self) -> list[Outcome]:
         """The outcomes, where the upstream also took what recipients wish to be reported."""
@@ -242,6 +243,8 @@ class Transaction:
         if len(replies) < wanted:  # never asked for
             return False
         self._phase = Phase.DATA
+        if not refused and len(replies[-1]) == 1 and replies[-1][0][:4] == b"354 ":
+            return True
         data = parse_reply(replies[-1])
         if refused:
             self._note(data)

@@ -132,23 +132,30 @@ class Wire(asyncio.Protocol):
             self._break_off(Broken(Failure.CLOSED, "the upstream spoke without being asked"))
             return
         known = len(self._replies)
-        lines = (self._rest + data if self._rest else data).split(b"\n")
-        self._rest = lines.pop()
-        for line in lines:
-            self._lines.append(line.rstrip(b"\r"))
-            if line[3:4] != b"-":
-                self._replies.append(self._lines)
-                self._lines = []
-        if len(self._rest) + sum(map(len, self._lines)) > _REPLY_LIMIT_BYTES:
+        self._split(data)
+        piece = self._rest or self._lines
+        if piece and len(self._rest) + sum(map(len, self._lines)) > _REPLY_LIMIT_BYTES:
             self._break_off(Broken(Failure.NONSENSE, f"a reply of more than {_REPLY_LIMIT_BYTES} octets"))
         elif len(self._replies) >= self._wanted:
-            if len(self._replies) > self._wanted or self._lines or self._rest:
+            if piece or len(self._replies) > self._wanted:
                 self._break_off(Broken(Failure.CLOSED, "the upstream said more than it was asked"))
             self._release()
         elif len(self._replies) > known:  # a piece of one begins no new wait, or there would be no end of it
             if len(self._replies) == self._wanted - 1:
                 self._patience_seconds = self._last_patience_seconds
             self._deadline = self._loop.time() + self._patience_seconds
+
+    def _split(self, data: bytes) -> None:
+        """Cut what has arrived into replies, and keep what is less than one."""
+        lines = (self._rest + data if self._rest else data).split(b"\n")
+        self._rest = lines.pop()
+        reply, replies = self._lines, self._replies
+        for line in lines:
+            reply.append(line.rstrip(b"\r"))
+            if line[3:4] != b"-":
+                replies.append(reply)
+                reply = []
+        self._lines = reply
 
     def eof_received(self) -> bool:
         self._end(Broken(Failure.CLOSED, "the upstream closed the connection"))

@@ -23,7 +23,7 @@ class Demo:
     """A running demo, whose temporary files go to `scratch` and whose words to `output`."""
 
     def __init__(self, directory: Path, *argv: str) -> None:
-        self.scratch = directory / "scratch"
+        self.scratch = directory / "tmp"  # short: sockets' paths are
         self.scratch.mkdir()
         self.output = directory / "output"
         with self.output.open("wb") as out:

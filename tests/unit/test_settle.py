@@ -352,12 +352,15 @@ async def test_a_recipient_refused_by_the_primary_is_no_sign_of_its_recovery(hou
     assert house.log.events("recovered") == []
 
 
-async def test_a_message_that_only_the_fallback_can_take_degrades_nothing(house: House) -> None:
-    for _ in range(2):
+async def test_messages_that_only_the_fallback_can_take_are_not_told_of_one_by_one(house: House) -> None:
+    for _ in range(3):
         (due,) = await house.settle(await house.claim(), TOO_LARGE)
         assert due.lane == Lane("spare", "acme")
         await house.settle(await house.claim(), SENT)
-    assert house.log.events("degraded", "recovered") == []
+    house.clock.advance(3601)
+    await house.settle(await house.claim(), TOO_LARGE)
+    await house.settle(await house.claim(), DOWN)
+    assert [event["event"] for event in house.log.events("degraded", "recovered")] == ["degraded", "recovered", "degraded"]
 
 
 async def test_each_route_is_degraded_on_its_own(house: House) -> None:
