@@ -102,7 +102,9 @@ class Scene:
         """Start the providers and write the configuration with the relay's own address."""
         for upstream in self._upstreams:
             self.ports[upstream.name] = await upstream.open()
-        self.config_file.write_text(_CONFIGURATION.format(bind=bind, spool=self._directory / "spool", control=self._directory / "control", **self.ports))
+        self.config_file.write_text(
+            _CONFIGURATION.format(bind=bind, spool=self._directory / "spool", control=self._directory / "control", **self.ports)
+        )
         self.config_file.chmod(0o600)
 
     async def close(self) -> None:

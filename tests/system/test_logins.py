@@ -125,44 +125,48 @@ async def test_implicit_tls_offers_a_login_at_once(tmp_path: Path, tls: Authorit
 
 
 async def test_a_login_in_clear_does_not_outlive_starttls(tmp_path: Path, tls: Authority) -> None:
-    async with ScriptedUpstream() as acme:
-        async with running(tmp_path, upstreams={"acme": to(acme)}, routes=ROUTES[1:], users=USERS, listeners=[listener(tls)]) as relay:
-            async with relay.client() as client:
-                await client.greet()
-                await client.command(plain("erp", SECRET), 235)
-                await client.start_tls(tls.client_context())
-                await client.hello()
-                await client.command("MAIL FROM:<app@acme.example>", 530)
-                await client.command(plain("erp", SECRET), 235)
-                await client.command("MAIL FROM:<app@acme.example>", 250)
-                await client.quit()
+    async with (
+        ScriptedUpstream() as acme,
+        running(tmp_path, upstreams={"acme": to(acme)}, routes=ROUTES[1:], users=USERS, listeners=[listener(tls)]) as relay,
+        relay.client() as client,
+    ):
+        await client.greet()
+        await client.command(plain("erp", SECRET), 235)
+        await client.start_tls(tls.client_context())
+        await client.hello()
+        await client.command("MAIL FROM:<app@acme.example>", 530)
+        await client.command(plain("erp", SECRET), 235)
+        await client.command("MAIL FROM:<app@acme.example>", 250)
+        await client.quit()
 
 
 async def test_a_guesser_is_kept_waiting_and_others_are_not(tmp_path: Path, tls: Authority) -> None:
     """With the delays of the real relay: one second, then two; a stop ends them."""
-    async with ScriptedUpstream() as acme:
-        async with running(tmp_path, upstreams={"acme": to(acme)}, routes=ROUTES[1:], users=USERS, listeners=[listener(tls)]) as relay:
-            loop = asyncio.get_running_loop()
-            async with relay.client() as guesser, relay.client() as slow, relay.client() as other:
-                begun = loop.time()
-                await guesser.greet()
-                await guesser.command(plain("crm", "guess"), 535, "5.7.8")
-                assert loop.time() - begun >= 1
-                await slow.greet()
-                await slow.send(plain("crm", "guess").encode() + b"\r\nNOOP\r\n")
-                begun = loop.time()
-                await other.greet()
-                await other.command(plain("erp", SECRET), 235)
-                await other.deliver("app@acme.example", ["you@example.org"], MESSAGE)
-                assert loop.time() - begun < 1
-                relay.stop()
-                await slow.expect(535)
-                await slow.expect(421)
-                await slow.expect_close()
-            await eventually(lambda: relay.events("stopped"), "the end of the relay")
-            (first, second) = relay.events("auth-failed")
-            assert (first["client"], first["user"], first["listener"]) == ("127.0.0.1", "crm", "local")
-            assert second["session"] != first["session"]
+    async with (
+        ScriptedUpstream() as acme,
+        running(tmp_path, upstreams={"acme": to(acme)}, routes=ROUTES[1:], users=USERS, listeners=[listener(tls)]) as relay,
+    ):
+        loop = asyncio.get_running_loop()
+        async with relay.client() as guesser, relay.client() as slow, relay.client() as other:
+            begun = loop.time()
+            await guesser.greet()
+            await guesser.command(plain("crm", "guess"), 535, "5.7.8")
+            assert loop.time() - begun >= 1
+            await slow.greet()
+            await slow.send(plain("crm", "guess").encode() + b"\r\nNOOP\r\n")
+            begun = loop.time()
+            await other.greet()
+            await other.command(plain("erp", SECRET), 235)
+            await other.deliver("app@acme.example", ["you@example.org"], MESSAGE)
+            assert loop.time() - begun < 1
+            relay.stop()
+            await slow.expect(535)
+            await slow.expect(421)
+            await slow.expect_close()
+        await eventually(lambda: relay.events("stopped"), "the end of the relay")
+        (first, second) = relay.events("auth-failed")
+        assert (first["client"], first["user"], first["listener"]) == ("127.0.0.1", "crm", "local")
+        assert second["session"] != first["session"]
 
 
 async def test_what_the_user_may_not_send_is_not_in_custody_and_bounces_of_his_come_his_way(tmp_path: Path, tls: Authority) -> None:
