@@ -331,6 +331,14 @@ async def test_a_report_for_an_international_sender_says_that_it_needs_smtputf8(
 # -- upstreams -------------------------------------------------------------------------------------------------------------
 
 
+async def test_who_was_sent_to_alike_is_told_of_together(house: House) -> None:
+    claim = await house.claim("a@example.org", "b@example.org", "c@example.org")
+    other = SENT._replace(reply=Reply(250, "2.0.0", "Ok, too"))
+    assert await house.settle(claim, {"a@example.org": SENT, "b@example.org": other, "c@example.org": SENT}) == []
+    sent = [(event["recipients"], event["reply"]) for event in house.log.events("sent")]
+    assert sent == [("a@example.org,c@example.org", str(SENT.reply)), ("b@example.org", "250 2.0.0 Ok, too")]
+
+
 async def test_degraded_and_recovered_are_said_once_for_each_change(house: House) -> None:
     for _ in range(3):
         (due,) = await house.settle(await house.claim(), DOWN)
