@@ -322,17 +322,17 @@ class Intake:
                 for draft, reserved in zip(drafts, claimed, strict=True):
                     if reserved:
                         dispatch.release(draft.lane)
-        try:
-            for draft, claim in zip(drafts, claims, strict=True):
+        for draft, claim in zip(drafts, claims, strict=True):
+            try:
                 self._note(draft)
                 if claim is not None:
                     dispatch.start(claim)
                 else:
                     dispatch.wake(draft.lane, draft.due)
-        except Exception as error:  # it is in custody: law 1 allows no other reply any more but a wait's
-            self._journal.fault("handing over to delivery", error, id=drafts[0].id)
-            if (wait := self._waits.of(drafts[0].id)) is not None:
-                wait.end()
+            except Exception as error:  # it is in custody: law 1 allows no other reply any more but a wait's
+                self._journal.fault("handing over to delivery", error, id=draft.id)
+                if (wait := self._waits.of(draft.id)) is not None:
+                    wait.end()
         return _queued(drafts[0].id)
 
     def _note(self, draft: Draft) -> None:

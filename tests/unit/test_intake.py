@@ -457,6 +457,14 @@ async def test_after_the_commit_nothing_takes_250_back(front_of: FrontOf) -> Non
     assert fault["id"] == front.taken[0].id and "a bug in delivery" in fault["traceback"]
 
 
+async def test_a_part_that_cannot_be_handed_over_keeps_no_other_back(front_of: FrontOf) -> None:
+    front = front_of(routes=SPLIT)
+    front.dispatch.start_error = RuntimeError("a bug in delivery")
+    front.dispatch.reserved[Lane("house", "outside")] = front.dispatch.slots = 1
+    assert (await accept(front, begin(front, "app@acme.example", "b@acme.example", "a@x.example"))).code == 250
+    assert front.dispatch.woken == [(Lane("house", "outside"), front.clock.now())]
+
+
 @pytest.mark.parametrize(
     ("author", "spoil", "code"),
     [
