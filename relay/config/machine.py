@@ -41,24 +41,23 @@ def default_control(environ: Mapping[str, str], spool: Path) -> Path:
 
 def certificate_file(path: Path) -> Path:
     """`path` again, once it is known to hold a PEM certificate. Raises ValueError."""
-    try:
-        content = path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error.strerror if isinstance(error, OSError) else 'no file name'}") from None
-    if b"-----BEGIN CERTIFICATE-----" not in content:
+    if b"-----BEGIN CERTIFICATE-----" not in _content(path):
         raise ValueError(f"{path} holds no PEM certificate (no BEGIN CERTIFICATE line)")
     return path
 
 
 def key_file(path: Path) -> Path:
     """`path` again, once it is known to hold a PEM private key. Raises ValueError."""
-    try:
-        content = path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error.strerror if isinstance(error, OSError) else 'no file name'}") from None
-    if b"PRIVATE KEY-----" not in content:
+    if b"PRIVATE KEY-----" not in _content(path):
         raise ValueError(f"{path} holds no PEM private key (no BEGIN … PRIVATE KEY line)")
     return path
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error.strerror if isinstance(error, OSError) else 'no file name'}") from None
 
 
 def pair_fault(certificate: Path, key: Path | None) -> str:

@@ -46,7 +46,7 @@ _READY = Reply(220, "2.0.0", "Ready to start TLS")
 _SECURE_ALREADY = Reply(503, "5.5.1", "TLS is in use already")
 _TLS_FIRST = Reply(530, "5.7.0", "STARTTLS first")
 _VRFY = Reply(252, "2.5.0", "Cannot verify, but will take mail")
-_HELP = Reply(214, "2.0.0", "EHLO HELO MAIL RCPT DATA BDAT RSET NOOP VRFY QUIT")
+_HELP = Reply(214, "2.0.0", "EHLO HELO STARTTLS AUTH MAIL RCPT DATA BDAT RSET NOOP VRFY QUIT")
 
 #: After these nothing that the client sends is to be read as commands: it may be anything.
 CLOSING = frozenset((_FOREIGN, _UNFRAMED))

@@ -222,7 +222,7 @@ async def test_it_is_also_a_command_of_relay(line: Line) -> None:
 
 
 def test_it_loads_next_to_nothing() -> None:
-    """In a quiet interpreter all of it takes some 10 ms; each of these would add as much again."""
+    """Each of these would add to the time that every mail of a script costs."""
     heavy = (
         "argparse",
         "asyncio",
