@@ -15,17 +15,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test crash fuzz check coverage crowd format golden test-all clean
+.PHONY: help demo test crash chaos fuzz check coverage crowd scale pace format golden test-all clean
 
 help:
 	@echo 'make demo      two upstreams, a fallback, and the relay on 127.0.0.1:2525'
 	@echo 'make test      the test suite'
 	@echo 'make crash     the crash tests at length, with counts: power cuts, kills, failing disks; some minutes'
+	@echo 'make chaos     ten minutes of broken connections to upstreams, with the account; CHAOS_SECONDS=60 makes it a minute'
 	@echo 'make fuzz      a million mutated sessions, with figures; INPUTS=1000 makes so many for each of three kinds of listener'
 	@echo 'make check     ruff, mypy, and the import directions'
 	@echo 'make coverage  every branch of what decides the fate of mail is tested'
 	@echo 'make format    let ruff format and fix'
+	@echo 'make pace      how exactly rates are kept, over a minute, with figures'
 	@echo 'make crowd     5,000 idle connections and 200 slow senders, with figures'
+	@echo 'make scale     10,000 tenants, and 100,000 messages queued for an upstream that hangs, with figures'
 	@echo 'make golden    rewrite the expected outputs in tests/golden; review the diff'
 	@echo 'make test-all  the test suite under each Python in PYTHONS that is there'
 	@echo 'make clean     remove environments and caches'
@@ -39,6 +42,9 @@ test: $(READY)
 crash: $(READY)
 	RELAY_CRASH=1 $(BIN)/pytest -s tests/crash
 
+chaos: $(READY)
+	RELAY_CHAOS=$(or $(CHAOS_SECONDS),600) $(BIN)/pytest -q -s tests/system/test_chaos.py
+
 fuzz: $(READY)
 	RELAY_FUZZ=$(or $(INPUTS),340000) $(BIN)/pytest -q -s --timeout 0 tests/fuzz/test_sessions.py
 
@@ -50,7 +56,7 @@ check: $(READY)
 
 # Units and contracts alone: a branch that only a whole relay reaches by chance is not tested.
 # The tests of what decides: all of tests/unit would take ten times as long and add nothing.
-DECIDES := attempt breaker bounce delivery dsn intake outcome report retry scheduler scheduler_stop settle wait
+DECIDES := attempt breaker bounce delivery dsn delivery_limits intake outcome pace report retry scheduler scheduler_pace scheduler_stop settle wait
 
 coverage: $(READY)
 	$(BIN)/coverage run --branch --include='relay/mail/outcome.py,relay/mail/bounce.py,relay/delivery/*' \
@@ -59,6 +65,12 @@ coverage: $(READY)
 
 crowd: $(READY)
 	CROWD=1 $(BIN)/pytest -q -s tests/system/test_crowd.py
+
+scale: $(READY)
+	SCALE=1 $(BIN)/pytest -q -s tests/system/test_scale.py
+
+pace: $(READY)
+	PACE=1 $(BIN)/pytest -q -s --timeout 0 tests/system/test_pace.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix

@@ -21,13 +21,16 @@ import uvloop
 from relay.admin.control import Control
 from relay.admin.operator import Operator
 from relay.clock import SystemClock
+from relay.config.encryption import keys_at
 from relay.config.machine import CONTROL
 from relay.config.model import Config
 from relay.delivery.attempt import Attempts
 from relay.delivery.breaker import Breakers
+from relay.delivery.probes import Probes
 from relay.delivery.retry import delay_seconds
 from relay.delivery.scheduler import Scheduler
 from relay.delivery.settle import Settler
+from relay.delivery.verified import Marks, Verified
 from relay.intake import Intake
 from relay.listener.budget import Budget
 from relay.listener.credentials import Credentials
@@ -42,6 +45,8 @@ from relay.spool.sqlite import SqliteSpool
 from relay.spool.sqlite_view import SqliteView
 from relay.spool.wait import Waits
 from relay.upstream.pool import Pool
+from relay.upstream.token_store import TokenStore
+from relay.upstream.watch import Watch
 
 EX_TEMPFAIL = 75
 EX_CONFIG = 78  # the unit is not restarted after this one
@@ -66,6 +71,13 @@ class Relay:
         self._journal = journal
         self._stop = asyncio.Event()
         self._reason = ""
+        self._watch: Watch | None = None
+
+    def reload(self, reason: str) -> None:
+        """Read the secrets again: all of a reload that there is as yet."""
+        self._journal.note("warning", f"{reason}: secrets are read again; the configuration file is not, restart to use a new one")
+        if self._watch is not None:
+            self._watch.read_all()
 
     def stop(self, reason: str) -> None:
         """Drain and end `serve`."""
@@ -82,6 +94,9 @@ class Relay:
                     await house.control.open()
                     await self._open(house.doors, ready)
                     house.drops.open()
+                    house.watch.open()
+                    self._watch = house.watch
+                    house.probes.open()
                     await self._stop.wait()
                 finally:
                     house.waits.stop()
@@ -92,6 +107,7 @@ class Relay:
             house.control.close()
             house.operator.close()
             house.credentials.close()
+            await house.watch.close()
             await house.pool.close()
             await house.spool.close()
             self._journal.stopped(reason=self._reason or "a service failed")
@@ -112,6 +128,7 @@ class Relay:
             door.stop()
         house.control.stop()
         house.drops.stop()
+        house.probes.stop()
         self._journal.draining(sessions=sum(door.sessions for door in house.doors), attempts=house.scheduler.stop())
         try:
             async with asyncio.timeout(self._config.shutdown_timeout):
@@ -139,11 +156,13 @@ class _House:
     operator: Operator
     control: Control
     drops: Drops
+    watch: Watch
+    probes: Probes
 
     @property
     def busy(self) -> list["_Busy"]:
         """Those with work that may be under way, in the order in which it ends."""
-        return [*self.doors, self.control, self.drops, self.scheduler]
+        return [*self.doors, self.control, self.drops, self.probes, self.scheduler]
 
 
 class _Busy(Protocol):
@@ -156,12 +175,27 @@ def _build(config: Config, journal: Journal) -> _House:
     clock, metrics, waits, directory = SystemClock(), Metrics(), Waits(), config.spool.directory
     spool = _open_spool(config, journal, clock)
     router = Router(config)
-    pool = Pool(config.upstreams, hostname=config.hostname, clock=clock, note=journal.note)
+    store = TokenStore(directory, keys_at(config.secrets.key_file, os.environ), note=_from_thread(journal))
+    pool = Pool(config.upstreams, hostname=config.hostname, clock=clock, note=journal.note, store=store)
     breakers = Breakers(config.retry, journal, metrics, clock)
-    attempts = Attempts(config, router, pool, journal, clock, breakers=breakers)
-    settler = Settler(config, router, spool, journal, clock, rng=random.Random(), breakers=breakers, metrics=metrics, waits=waits)
-    scheduler = Scheduler(config, spool, attempts, settler, journal, clock, breakers=breakers)
-    pool.secret_changed = scheduler.secret_changed
+    marks = Marks(directory)
+    verified = Verified(marks, pool.settings, clock)
+    attempts = Attempts(config, router, pool, journal, clock, breakers=breakers, verified=verified)
+    settler = Settler(
+        config, router, spool, journal, clock, rng=random.Random(), breakers=breakers, metrics=metrics, waits=waits, verified=verified
+    )  # fmt: skip
+    scheduler = Scheduler(config, spool, attempts, settler, journal, clock, breakers=breakers, metrics=metrics)
+    probes = Probes(
+        config.upstreams, pool, journal, metrics, clock, breakers=breakers, verified=verified, marks=marks, rng=random.Random(),
+        revive=scheduler.secret_changed, watched={route.upstream for route in config.routes if route.verified_only and route.upstream},
+    )  # fmt: skip
+    verified.changed = probes.changed
+
+    def secret_changed(name: str) -> None:
+        scheduler.secret_changed(name)
+        probes.secret_changed(name)
+
+    pool.secret_changed = secret_changed
     intake = Intake(config, router, spool, scheduler, journal, clock, waits=waits)
     credentials, budget, numbers = Credentials(config.users, clock), Budget(), itertools.count(int(time.time() * 1000))
     doors = [
@@ -173,7 +207,19 @@ def _build(config: Config, journal: Journal) -> _House:
     ]  # fmt: skip
     operator = Operator(spool, scheduler, journal, view=lambda: SqliteView(directory, clock))
     control = Control(config.control, operator, journal, alias=directory / CONTROL)
-    return _House(spool, pool, scheduler, waits, credentials, doors, operator, control, Drops(directory, door_of(doors), journal))
+    drops = Drops(directory, door_of(doors), journal)
+    watch = Watch([*pool.uses(), *credentials.uses()], note=journal.note, fault=journal.fault)
+    return _House(spool, pool, scheduler, waits, credentials, doors, operator, control, drops, watch, probes)
+
+
+def _from_thread(journal: Journal) -> Callable[[str], None]:
+    """What a thread may note something with."""
+    loop = asyncio.get_running_loop()
+
+    def note(what: str) -> None:
+        loop.call_soon_threadsafe(journal.note, "info", what)
+
+    return note
 
 
 def _open_spool(config: Config, journal: Journal, clock: SystemClock) -> SqliteSpool:
@@ -228,6 +274,5 @@ async def _main(config: Config, journal: Journal) -> None:
     relay = Relay(config, journal, inherited=Inherited.from_environment(os.environ))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, relay.stop, signal.Signals(number).name)
-    # Its default would end the process without draining, and a unit's or a habit's "reload" must not cost a session.
-    loop.add_signal_handler(signal.SIGHUP, journal.note, "warning", "SIGHUP: reloading is not available yet; restart to use a new file")
-    await relay.serve()
+    loop.add_signal_handler(signal.SIGHUP, relay.reload, signal.SIGHUP.name)
+    await relay.serve(ready=lambda _: gc.freeze())  # as above: what ten thousand upstreams take

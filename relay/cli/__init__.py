@@ -20,9 +20,9 @@ from relay.cli.options import add_config, add_unavailable
 EX_USAGE = 64
 _EX_INTERRUPTED = 130  # 128 and the number of SIGINT, as a shell says it
 
-_COMMANDS = ("serve", "check", "explain", "demo", "queue", "log", "trace", "schema", "sendmail", "hash-password")
-_WITH_FILE = ("serve", "check", "explain")  # those that read the spool add `-c` with their filters
-_NOT_YET = ("test", "status", "pause", "resume", "reload", "oauth", "secret", "dkim", "import")
+_COMMANDS = ("serve", "check", "explain", "test", "demo", "queue", "log", "trace", "schema", "sendmail", "hash-password", "secret", "oauth")
+_WITH_FILE = ("serve", "check", "explain", "test")  # those that read the spool add `-c` with their filters
+_NOT_YET = ("status", "pause", "resume", "reload", "dkim", "import")
 
 
 class _Parser(argparse.ArgumentParser):

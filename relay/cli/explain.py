@@ -1,7 +1,8 @@
 """`relay explain`: which route takes a message, which do not and why, and what the message looks like at each upstream.
 
 Sends nothing and needs no running relay; it asks the same router and the same rewriting as the relay itself. With `--outcomes` it
-prints the table of fates instead: what each reply or failure of an upstream leads to. Exit code 1: no route takes the message.
+prints the table of fates instead: what each reply or failure of an upstream leads to; with `--upstream` too, what replies of that
+upstream's provider mean is told first. Exit code 1: no route takes the message.
 """
 
 import argparse
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from relay.config.model import Config, Route
+    from relay.config.upstreams import Upstream
     from relay.mail.envelope import Facts
-    from relay.mail.outcome import Row
+    from relay.mail.outcome import Phase, Row
     from relay.routing import Router, Verdict
 
 _USAGE, _CONFIG_ERROR = 64, 78
@@ -34,6 +36,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--listener", metavar="NAME", help="where it connects to (default: the first listener)")
     parser.add_argument("--message", metavar="FILE", help="a message whose header to use; - reads standard input")
     parser.add_argument("--outcomes", action="store_true", help="print what each reply or failure of an upstream leads to")
+    parser.add_argument(
+        "--upstream", metavar="NAME", help="with --outcomes: of this upstream's provider first (an upstream of the file, or a provider)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -41,7 +46,9 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Answer, and return the exit code."""
     if options.outcomes:
-        return _show_outcomes(as_json=options.json)
+        return _show_outcomes(options)
+    if options.upstream is not None:
+        return _fail("--upstream goes with --outcomes", _USAGE)
     if options.sender is None or options.recipient is None:
         return _fail("--from and --to are needed", _USAGE)
     from relay.config.findings import ConfigError
@@ -148,12 +155,21 @@ def _at_upstream(config: "Config", router: "Router", route: "Route", name: str, 
         "name": name,
         "hosts": [f"{host}:{upstream.port}" for host in upstream.host],
         "security": upstream.security,
+        "provider": _provider_of(upstream),
         "credential": upstream.username,
         "sender": sender,
         "bcc": rules.bcc if rules else None,
         "objection": objection(upstream.senders, sender, scan(rewritten)),
         "header": list(_difference(header, rewritten)),
     }
+
+
+def _provider_of(upstream: "Upstream") -> str | None:
+    """Which provider it is: the one that the file names, or the one that the host belongs to."""
+    from relay.config.providers import PROVIDERS
+
+    name = next(name for name, known in PROVIDERS.items() if known is upstream.known)
+    return None if name == "generic" else name
 
 
 def _header(facts: "Facts", content: bytes | None) -> bytes:
@@ -197,6 +213,7 @@ def _as_text(answer: dict[str, Any]) -> str:
     for place, upstream in enumerate(answer.get("upstreams", ())):
         hosts = ", ".join(upstream["hosts"])
         lines.append(f"  {'fallback' if place else 'upstream'} {upstream['name']} ({hosts}, {upstream['security']})")
+        lines += [f"    provider         {upstream['provider']}"] if upstream["provider"] else []
         lines.append(f"    credential       {upstream['credential'] or 'none'}")
         lines.append(f"    envelope sender  {upstream['sender'] or '<>'}")
         lines += [f"    extra recipient  {upstream['bcc']}"] if upstream["bcc"] else []
@@ -215,34 +232,69 @@ def _as_json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
 
 
-def _show_outcomes(*, as_json: bool) -> int:
-    """The table of fates in the order of a session."""
+def _show_outcomes(options: argparse.Namespace) -> int:
+    """The table of fates in the order of a session, and before it what a provider's own replies mean."""
+    from relay.config.findings import ConfigError
     from relay.mail.outcome import SAYINGS, rows_by_phase
 
+    try:
+        provider, own = _own_rows(options) if options.upstream is not None else ("", ())
+    except ConfigError as error:
+        return _fail("\n".join(map(str, error.findings)), _CONFIG_ERROR)
+    except LookupError:
+        return _fail(f"no such upstream or provider: {options.upstream}", _USAGE)
+    tables = [(provider, list(rows_by_phase(own)))] if own else []
+    tables.append(("", list(rows_by_phase())))
     names = ("phase", "event", "status", "scope", "then", "why")
-    table = [(phase.value, *_columns(row)) for phase, row in rows_by_phase()]
-    if as_json:
-        print(_as_json([dict(zip(names, line, strict=True)) for line in table]))
+    if options.json:
+        lines = [(name, row, _columns(phase, row)) for name, table in tables for phase, row in table]
+        more = ({"meaning": row.meaning.value, "provider": name or None} for name, row, _ in lines)
+        print(_as_json([{**dict(zip(names, line, strict=True)), **rest} for (_, _, line), rest in zip(lines, more, strict=True)]))
         return 0
-    widths = [max(len(line[column]) for line in (names, *table)) for column in range(len(names) - 1)]
-    print("\n".join(_row(line, widths) for line in (names, *table)))
+    if options.upstream is not None:
+        print(
+            f"First what {provider} says itself, in words that its replies contain:\n" if own else "Nothing is known of its own replies.\n"
+        )
+    for place, (_, table) in enumerate(tables):
+        print("\nThen, of every upstream:\n\n" if place else "", end="")
+        columns = [_columns(phase, row) for phase, row in table]
+        widths = [max(len(line[column]) for line in (names, *columns)) for column in range(len(names) - 1)]
+        print("\n".join(_row(line, widths) for line in (names, *columns)))
     for saying, phrases in SAYINGS.items():
         print(f'\n"{saying}": the reply says {", ".join(phrases[:-1])} or {phrases[-1]}')
     return 0
 
 
-def _columns(row: "Row") -> tuple[str, ...]:
+def _own_rows(options: argparse.Namespace) -> "tuple[str, Sequence[Row]]":
+    """The provider that `--upstream` means, and what is known of its replies. Raises LookupError and ConfigError."""
+    from relay.config.findings import ConfigError
+    from relay.config.load import find_config, load
+    from relay.config.providers import PROVIDERS
+
+    try:
+        upstreams = load(find_config(options.config, os.environ)).upstreams
+    except ConfigError:
+        if options.upstream not in PROVIDERS:
+            raise
+        upstreams = {}
+    if (upstream := upstreams.get(options.upstream)) is not None:
+        return _provider_of(upstream) or "", upstream.replies
+    return options.upstream, PROVIDERS[options.upstream].replies
+
+
+def _columns(phase: "Phase", row: "Row") -> tuple[str, ...]:
     """One row of the table of fates in words."""
     from relay.mail.outcome import Failure
 
     if isinstance(row.event, Failure):
         event = row.event.value
     else:
-        code, enhanced, phrase = row.event
-        event = " ".join(part for part in (code, enhanced, f'"{phrase}"' if phrase else "") if part)
+        code, enhanced, said = row.event
+        phrases = (said,) if isinstance(said, str) and said else said
+        event = " ".join(part for part in (code, enhanced, " or ".join(f'"{phrase}"' for phrase in phrases)) if part)
     words = (("in doubt", row.in_doubt), ("slow down", row.throttled), ("fallback", row.fallback))
     then = [word for word, holds in words if holds]
-    return event, row.status.value, row.scope.value, ", ".join(then) or "-", row.why
+    return phase.value, event, row.status.value, row.scope.value, ", ".join(then) or "-", row.why
 
 
 def _row(line: Sequence[str], widths: Sequence[int]) -> str:

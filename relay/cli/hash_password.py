@@ -24,7 +24,10 @@ def run(options: argparse.Namespace) -> int:
     """Print the hash, and return the exit code."""
     from relay.config.password import hash_password
 
-    password = _asked() if sys.stdin.isatty() else _read()
+    try:
+        password = _asked() if sys.stdin.isatty() else _read()
+    except EOFError:
+        return _fail("nothing was typed")
     if password is None:
         return _fail("the two were not the same")
     try:

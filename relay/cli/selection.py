@@ -121,7 +121,7 @@ def _condition(text: str) -> str:
 
 
 def _duration(text: str) -> float:
-    from relay.config.values import parse_duration
+    from relay.config.quantities import parse_duration
 
     return _parsed(parse_duration, text)
 

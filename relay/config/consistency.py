@@ -7,7 +7,9 @@ Values of a wrong type are passed over here, as the model speaks of them. Pure.
 from collections.abc import Collection, Iterator
 from typing import Any, Final
 
+from relay.config import oauth
 from relay.config.findings import KeyPath, Problem, Suggestions
+from relay.config.providers import PROVIDERS, filled
 from relay.config.values import as_written
 
 _OTHER_ACTIONS: Final = {"redirect", "discard"}  # not available yet, as is said elsewhere; they take the place of an upstream
@@ -30,6 +32,8 @@ def problems(tree: dict[str, Any]) -> Iterator[Problem]:
         for name, upstream in upstreams.items():
             if isinstance(upstream, dict):
                 yield from _login(("upstreams", name), upstream)
+                yield from oauth.problems(("upstreams", name), upstream)
+                yield from _client_certificate(("upstreams", name), upstream)
     users = tree.get("users", {})
     yield from _listeners(tree.get("listeners"))
     yield from _doors(tree.get("listeners"))
@@ -66,16 +70,32 @@ def _items(value: Any) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def _login(path: KeyPath, upstream: dict[str, Any]) -> Iterator[Problem]:
-    username, password = (upstream.get(key) is not None for key in ("username", "password"))
-    auth = upstream.get("auth", "auto")
-    if auth == "none" or any(key in upstream for key in ("provider", "oauth2")):
+    """A login with a password, with what the provider brings; that with a token is the business of `oauth`."""
+    name, auth = upstream.get("provider"), upstream.get("auth", "auto")
+    provider = PROVIDERS.get(name) if isinstance(name, str) else None
+    settings = filled(upstream)
+    username, password = (settings.get(key) is not None for key in ("username", "password"))
+    if auth in ("none", "xoauth2") or settings.get("oauth2") is not None:
         return
-    if username and not password:
-        yield Problem((*path, "username"), "there is a username but no password", at="key")
+    wanted = f" ({name}: {provider.login})" if provider is not None and provider.login else ""
+    if username and not password and "username" not in upstream:
+        yield Problem((*path, "password"), f"is missing{wanted}", at="missing")
+    elif username and not password:
+        yield Problem((*path, "username"), f"there is a username but no password{wanted}", at="key")
     elif password and not username:
-        yield Problem((*path, "password"), "there is a password but no username", at="key")
+        yield Problem((*path, "password"), f"there is a password but no username{wanted}", at="key")
     elif not username and auth in ("plain", "login", "cram-md5"):
-        yield Problem((*path, "auth"), f"auth: {auth} needs a username and a password")
+        yield Problem((*path, "auth"), f"auth: {auth} needs a username and a password{wanted}")
+    elif not username and provider is not None and provider.needs_login and "host" not in upstream:
+        yield Problem((*path, "username"), f"is missing: {name} takes no mail without a login{wanted}", at="missing")
+
+
+def _client_certificate(path: KeyPath, upstream: dict[str, Any]) -> Iterator[Problem]:
+    given = [key for key in ("client_certificate", "client_key") if upstream.get(key) is not None]
+    for key in given if upstream.get("security") == "none" else ():
+        yield Problem((*path, key), f"{key} needs security: starttls or tls", at="key")
+    if given == ["client_key"]:
+        yield Problem((*path, "client_key"), "there is a client_key but no client_certificate", at="key")
 
 
 def _listeners(listeners: Any) -> Iterator[Problem]:
@@ -171,9 +191,12 @@ def _action(path: KeyPath, route: dict[str, Any]) -> Iterator[Problem]:
     elif "upstream" not in route and "reject" not in route:
         yield Problem((*path, "upstream"), "a route needs an upstream, or reject with a text", at="missing")
     elif "reject" in route:
-        for key in ("fallback", "rewrite", "retry", "wait"):
+        for key in ("fallback", "rewrite", "retry", "wait", "verified_only"):
             if key in route:
                 yield Problem((*path, key), f"a route that rejects has no {key}", at="key")
+    elif route.get("verified_only") is True and not route.get("fallback"):
+        message = "it needs a `fallback`, which takes the mail until `relay test` of the upstream has succeeded"
+        yield Problem((*path, "verified_only"), message, at="key")
 
 
 def _fallbacks(path: KeyPath, route: dict[str, Any], upstreams: _Names, suggestions: Suggestions) -> Iterator[Problem]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema
 
-from relay.config import machine, values
+from relay.config import encryption, machine, quantities, values
 from relay.config.password import CREDENTIAL_LIMIT_BYTES, checked, parse_hash
 from relay.config.secrets import SECRET_SCHEMA, Secret, resolve
 from relay.config.values import Network, Uid
@@ -35,17 +35,6 @@ def _sequence(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def one_of(known: tuple[str, ...], *, pending: tuple[str, ...]) -> BeforeValidator:
-    """Refuse by name the choices that the contract has and the program does not."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, str) and value in pending:
-            raise ValueError(f"{value!r} is not available yet; use {' or '.join(repr(word) for word in known)}")
-        return value
-
-    return BeforeValidator(check)
-
-
 def check_credential(value: str) -> str:
     """A user name or password, for us or for an upstream: aiosmtplib and most servers end at the same number of bytes."""
     if len(value) > CREDENTIAL_LIMIT_BYTES or len(value.encode(errors="replace")) > CREDENTIAL_LIMIT_BYTES:
@@ -57,7 +46,8 @@ def _secret(check: Callable[[str], object]) -> BeforeValidator:
     def read(value: Any, info: ValidationInfo) -> Secret:
         context: dict[str, Any] = info.context or {}
         environ, base = context.get("environ", os.environ), context.get("base", Path())
-        return resolve(values.as_written(value), environ, base=base, check=check)
+        keys: encryption.Keys = context.get("keys") or encryption.keys_at(None, environ)
+        return resolve(values.as_written(value), environ, base=base, check=check, decrypt=keys.decrypt)
 
     return BeforeValidator(read, json_schema_input_type=Annotated[Any, WithJsonSchema(SECRET_SCHEMA)])
 
@@ -69,14 +59,29 @@ def _pem(checked: Callable[[Path], Path]) -> BeforeValidator:
             return value
         if not isinstance(value, str) or not value:
             raise ValueError("must be the name of a file")
-        return checked(Path((info.context or {}).get("base", Path()), Path(value).expanduser()))
+        return checked(Path((info.context or {}).get("base", Path()), Path(os.path.expanduser(value))))
 
     return BeforeValidator(read, json_schema_input_type=str | None)
 
 
+def _path_name() -> BeforeValidator:
+    def read(value: Any, info: ValidationInfo) -> Any:
+        value = values.as_written(value)
+        if isinstance(value, Path):
+            return value
+        if not isinstance(value, str) or not value:
+            raise ValueError("must be the name of a file")
+        return Path((info.context or {}).get("base", Path()), Path(os.path.expanduser(value)))
+
+    return BeforeValidator(read, json_schema_input_type=str)
+
+
 CertificateFile = Annotated[Path | None, _pem(machine.certificate_file)]
 KeyFile = Annotated[Path | None, _pem(machine.key_file)]
+PathName = Annotated[Path, _path_name()]
 Password = Annotated[Secret, _secret(check_credential)]
+Token = Annotated[Secret, _secret(values.parse_text)]
+ServiceAccount = Annotated[Secret, _secret(values.parse_service_account)]
 UserPassword = Annotated[Secret, _secret(checked)]
 PasswordHash = Annotated[Secret, _secret(parse_hash)]
 Text = Annotated[str, BeforeValidator(values.as_written), AfterValidator(values.parse_text)]
@@ -93,7 +98,7 @@ HeaderFields = Annotated[
 Duration = Annotated[
     float,
     BeforeValidator(
-        values.parse_duration,
+        quantities.parse_duration,
         json_schema_input_type=Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)? ?(ms|s|m|h|d)$", examples=["30s", "5m", "2h"])],
     ),
 ]
@@ -101,7 +106,7 @@ Positive = Annotated[Duration, Field(gt=0)]
 SizeOrNone = Annotated[
     int,
     BeforeValidator(
-        values.parse_size,
+        quantities.parse_size,
         json_schema_input_type=Annotated[int, Field(ge=0)]
         | Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)? ?([kKMGT]i?)?B$", examples=["50MB", "50MiB"])],
     ),
@@ -109,6 +114,13 @@ SizeOrNone = Annotated[
 ]
 Size = Annotated[SizeOrNone, Field(ge=1)]
 Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[
+    quantities.Rate,
+    BeforeValidator(
+        quantities.parse_rate,
+        json_schema_input_type=Annotated[str, Field(pattern=r"^[0-9]+ ?/ ?[smhd]$", examples=["10/s", "30/m", "500/h", "2000/d"])],
+    ),
+]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Sequence = BeforeValidator(_sequence)
 

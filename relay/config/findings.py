@@ -14,7 +14,7 @@ Severity = Literal["error", "warning"]
 
 #: Stands where a value was that nobody could read: it is there, and nothing more can be said about it.
 BROKEN: Final = object()
-_SECRET_KEYS: Final = {"password", "password_hash", "client_secret", "refresh_token", "token"}
+_SECRET_KEYS: Final = {"password", "password_hash", "client_secret", "refresh_token", "service_account", "token"}
 _SUGGESTIONS: Final = 20  # comparing a name with thousands of others is slow; after so many the cause is one and the same
 
 

@@ -6,6 +6,7 @@ every route which conditions could cover its own, and looks these up: its time g
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import product
 from math import prod
@@ -13,12 +14,16 @@ from typing import Final
 
 from relay.config.findings import Problem
 from relay.config.listeners import Listener
-from relay.config.model import Config, Route, Upstream
+from relay.config.model import Config, Route
+from relay.config.providers import PROVIDERS
+from relay.config.quantities import Rate
+from relay.config.upstreams import Upstream
 from relay.config.values import Network, Uid
 from relay.mail.address import domain_of, local_of
 
 _COMBINATIONS: Final = 2000  # a route with more of them than this is not looked at
 _NAMES: Final = 5
+_PROBE_SECONDS: Final = 60.0
 _EXPOSED: Final = "a secret in a file that others can read: chmod 600, or use {env: …}, {file: …} or {credential: …}"
 _Case = tuple[str, str, str, str, Network | Uid | None]  # sender, recipient, user and listener ("": any), client
 
@@ -42,6 +47,8 @@ def improbable(config: Config) -> Iterator[Problem]:
     yield from _unused(config)
     yield from _useless_logins(config)
     yield from _proxied(config)
+    yield from _provided(config)
+    yield from _too_often(config)
     yield from _never_reached(config)
     yield from _open_senders(config)
     yield from _unreachable(config.routes)
@@ -66,14 +73,15 @@ def _reaches(host: str, bound: str) -> bool:
     return False
 
 
-def _addresses(host: str) -> list[IPv4Address | IPv6Address]:
-    """The addresses of a host that is one, or this machine."""
+@lru_cache(maxsize=1024)
+def _addresses(host: str) -> tuple[IPv4Address | IPv6Address, ...]:
+    """The addresses of a host that is one, or this machine. Kept, as thousands of tenants may use one host."""
     if host == "localhost" or host.endswith(".localhost"):
-        return [ip_address("127.0.0.1"), ip_address("::1")]
+        return ip_address("127.0.0.1"), ip_address("::1")
     try:
-        return [ip_address(host)]
+        return (ip_address(host),)
     except ValueError:
-        return []
+        return ()
 
 
 def _unguarded(upstream: Upstream, *, exposed: bool) -> Iterator[tuple[str, str]]:
@@ -145,6 +153,44 @@ def _never_reached(config: Config) -> Iterator[Problem]:
         if listener.connections_per_client is not None and listener.connections_per_client > listener.connections:
             message = f"is never reached: the listener has {listener.connections} connections in all"
             yield Problem(("listeners", place, "connections_per_client"), message, "warning")
+    for name, upstream in config.upstreams.items():
+        for key, rates in (("rate", upstream.limits.rate), ("recipient_rate", upstream.limits.recipient_rate)):
+            for place, narrower in _needless(rates) if len(rates) > 1 else ():
+                message = f"{rates[place]} is never reached: {narrower} comes before it"
+                yield Problem(("upstreams", name, "limits", key, place), message, "warning")
+
+
+def _needless(rates: tuple[Rate, ...]) -> Iterator[tuple[int, Rate]]:
+    """Rates that another one keeps anyhow: it allows as few over a longer time, or over a shorter one too few to get there."""
+    for place, rate in enumerate(rates):
+        for other_place, other in enumerate(rates):
+            times = max(1, rate.seconds // other.seconds)
+            if other_place != place and other.number * times <= rate.number and (other != rate or other_place < place):
+                yield place, other
+                break
+
+
+def _provided(config: Config) -> Iterator[Problem]:
+    """What a provider is known not to take."""
+    for name, upstream in config.upstreams.items():
+        path, known = ("upstreams", name), upstream.known
+        if known.takes_null_sender is False and upstream.null_sender == "keep":
+            message = "is missing: bounces have a null sender, which this provider refuses; name an address that may send there"
+            yield Problem((*path, "null_sender"), message, "warning", at="missing")
+        if known is PROVIDERS["google-relay"] and upstream.ehlo is None and not upstream.logs_in and upstream.null_sender == "keep":
+            message = "is missing: Google knows by it whose bounces these are; name a domain of the organization"
+            yield Problem((*path, "ehlo"), message, "warning", at="missing")
+        wanted = known.settings.get("username")
+        if wanted is not None and upstream.logs_in and upstream.username != wanted:
+            yield Problem((*path, "username"), f"here this is the word {wanted}", "warning")
+
+
+def _too_often(config: Config) -> Iterator[Problem]:
+    """Logins that a provider may take for an attack."""
+    for name, upstream in config.upstreams.items():
+        if upstream.probe is not None and upstream.probe < _PROBE_SECONDS:
+            message = "a login every few seconds, and providers lock accounts for less: an hour is often enough"
+            yield Problem(("upstreams", name, "probe"), message, "warning")
 
 
 def _too_late(config: Config) -> Iterator[Problem]:

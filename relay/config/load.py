@@ -4,9 +4,11 @@ The parser's events are read one by one instead of its finished objects: so anch
 are seen, positions are kept, and neither size nor depth of a hostile file can exhaust the stack. The one module that knows yaml.
 """
 
+import gc
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -14,12 +16,12 @@ from typing import Any, Final
 import yaml
 from pydantic import ValidationError
 
-from relay.config import consistency, lint, machine, syntax, wording
+from relay.config import certificates, consistency, encryption, lint, machine, oauth, syntax, wording
 from relay.config.findings import BROKEN, ConfigError, Finding, KeyPath, Problem, Severity, dotted, holds_secret
-from relay.config.model import Config
-from relay.config.scalars import resolve_scalar, surprise
+from relay.config.model import Config, keys_of
+from relay.config.scalars import NOT_SURELY_TEXT, resolve_scalar, surprise
 
-__all__ = ["ConfigError", "Finding", "examine", "find_config", "load", "places"]
+__all__ = ["ConfigError", "Finding", "examine", "find_config", "keys", "load", "partly", "places"]
 
 _Loader: Final[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SYSTEM_FILE: Final = Path("/etc/relay/config.yaml")
@@ -60,16 +62,31 @@ def places(path: str | Path, environ: Mapping[str, str] = os.environ) -> machine
 
     Raises ConfigError when the file cannot be read, or its `spool` or `control` not be understood.
     """
+    config = partly(path, environ, machine.Places._fields)
+    return machine.Places(config.spool.directory, config.control)
+
+
+def keys(path: str | Path, environ: Mapping[str, str] = os.environ) -> encryption.Keys:
+    """The keys for the encrypted secrets in `path`, whatever else is wrong in it. Raises ConfigError."""
+    return encryption.keys_at(partly(path, environ, ("secrets",)).secrets.key_file, environ)
+
+
+def partly(
+    path: str | Path, environ: Mapping[str, str], sections: tuple[str, ...], *, narrowed: Callable[[dict[str, Any]], None] | None = None
+) -> Config:
+    """A configuration that has nothing but these sections of the file; `narrowed` may take more away. Raises ConfigError."""
     try:
         document = _parse(str(path), _read(Path(path))[0])
     except _Unreadable as error:
         raise ConfigError([Finding(str(path), error.line, error.column, "", error.message)]) from None
-    if not document.complete or {(key,) for key in machine.Places._fields} & document.broken:
+    if not document.complete or {(key,) for key in sections} & document.broken:
         raise ConfigError(document.findings)
-    value = {"hostname": "localhost"} | {key: document.value[key] for key in machine.Places._fields if key in document.value}
+    value = {"hostname": "localhost"} | {key: document.value[key] for key in sections if key in document.value}
+    if narrowed is not None:
+        narrowed(value)
+    base = Path(path).parent
     try:
-        config = Config.model_validate(value, context={"environ": environ})
-        return machine.Places(config.spool.directory, config.control)
+        return Config.model_validate(value, context={"environ": environ, "base": base, "keys": keys_of(value, base, environ)})
     except ValidationError as error:
         raise ConfigError(document.located(list(wording.problems(error, document.value)))) from None
 
@@ -79,6 +96,23 @@ def examine(path: str | Path, environ: Mapping[str, str] = os.environ, *, thorou
 
     `thorough` also asks OpenSSL about every certificate file.
     """
+    with _no_collection():
+        return _examine(path, environ, thorough=thorough)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Ten thousand tenants are two million objects without a cycle: looking at them again and again is a third of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _examine(path: str | Path, environ: Mapping[str, str], *, thorough: bool) -> tuple[Config | None, list[Finding]]:
     file = str(path)
     try:
         text, readable = _read(Path(path))
@@ -91,29 +125,21 @@ def examine(path: str | Path, environ: Mapping[str, str] = os.environ, *, thorou
     config = None
     if document.complete:
         problems: list[Problem] = list(consistency.problems(document.value))
+        keys = keys_of(document.value, Path(path).parent, environ)
         try:
-            config = Config.model_validate(document.value, context={"environ": environ, "base": Path(path).parent})
+            config = Config.model_validate(document.value, context={"environ": environ, "base": Path(path).parent, "keys": keys})
         except ValidationError as error:
             problems += wording.problems(error, document.value)
         if config is not None:
             problems += lint.improbable(config) if not problems else ()  # a mistyped name alone would give two more
             problems += lint.unguarded(config, exposed=readable)
             problems += lint.circular(config)
-            problems += _untrustworthy(config) if thorough else ()
+            problems += encryption.problems(keys, named=config.secrets.key_file is not None)
+            problems += (*certificates.problems(config), *oauth.unready(config)) if thorough else ()
         document.findings += document.located(problems)
     findings = sorted(dict.fromkeys(document.findings), key=lambda finding: (finding.line, finding.column))
     broken = any(finding.severity == "error" for finding in findings)
     return (None if broken else config), findings
-
-
-def _untrustworthy(config: Config) -> list[Problem]:
-    first = {item.ca_file: name for name, item in reversed(config.upstreams.items()) if item.ca_file}
-    faults = ((name, machine.trust_fault(path)) for path, name in first.items())
-    found = [Problem(("upstreams", name, "ca_file"), fault) for name, fault in faults if fault]
-    for place, listener in enumerate(config.listeners):
-        if listener.certificate is not None and (fault := machine.pair_fault(listener.certificate, listener.key)):
-            found.append(Problem(("listeners", place, "certificate"), fault))
-    return found
 
 
 class _Unreadable(Exception):
@@ -158,8 +184,8 @@ class _Document:
 
     file: str
     value: Any = None
-    values: dict[KeyPath, syntax.Mark] = field(default_factory=dict)
-    keys: dict[KeyPath, syntax.Mark] = field(default_factory=dict)
+    values: dict[KeyPath, Any] = field(default_factory=dict)  # the parser's own marks
+    keys: dict[KeyPath, Any] = field(default_factory=dict)
     broken: set[KeyPath] = field(default_factory=set)
     findings: list[Finding] = field(default_factory=list)
     complete: bool = False
@@ -177,10 +203,9 @@ class _Document:
         path = problem.path[:-1] if problem.at == "missing" else problem.path
         while path and path not in self.values:
             path = path[:-1]
-        mark = self.values.get(path, (0, 0))
-        if problem.at in ("key", "missing"):
-            mark = self.keys.get(path, mark)
-        return Finding(self.file, mark[0] + 1, mark[1] + 1, dotted(problem.path), problem.message, problem.severity)
+        found = self.keys if problem.at in ("key", "missing") and path in self.keys else self.values
+        line, column = _mark(found.get(path)) or (0, 0)
+        return Finding(self.file, line + 1, column + 1, dotted(problem.path), problem.message, problem.severity)
 
 
 def _parse(file: str, text: str) -> _Document:
@@ -235,10 +260,11 @@ class _Reader:
 
     def __init__(self, file: str, text: str, repaired: dict[syntax.Mark, str]) -> None:
         self.document = _Document(file)
-        self.last_line = -1
         self._text = text
         self._repaired = repaired
-        self._loader = _Loader(text)
+        self._event: Any = None
+        self._get_event = _Loader(text).get_event
+        self._unsuspicious: set[str] = set()  # keys that may stand anywhere without a word
 
     def read(self) -> None:
         """Read the only document. Raises yaml.MarkedYAMLError and _TooDeep."""
@@ -257,10 +283,14 @@ class _Reader:
         elif not self.document.complete and () not in self.document.broken:
             self._complain((), event, "must be a mapping of keys such as upstreams and routes")
 
+    @property
+    def last_line(self) -> int:
+        """Where the event begins that was read last; -1: before the first."""
+        return self._event.start_mark.line if self._event is not None else -1
+
     def _next(self) -> Any:
-        event = self._loader.get_event()
-        self.last_line = event.start_mark.line
-        return event
+        self._event = self._get_event()
+        return self._event
 
     def _refuse(self, path: KeyPath, event: Any, message: str) -> None:
         """The value at `path` cannot be used: nothing more is said about it."""
@@ -275,19 +305,20 @@ class _Reader:
     def _value(self, event: Any, path: KeyPath) -> Any:
         if len(path) > _DEPTH_LIMIT:
             raise _TooDeep((event.start_mark.line, event.start_mark.column))
-        self.document.values.setdefault(path, (event.start_mark.line, event.start_mark.column))
+        self.document.values.setdefault(path, event.start_mark)
         if isinstance(event, yaml.AliasEvent):
             self._refuse(path, event, "begins with *, an alias to YAML, which is not used here: quote it if it is text")
             return BROKEN
-        self._check_properties(event, path)
+        if event.anchor is not None or event.tag is not None:
+            self._check_properties(event, path)
+        if isinstance(event, yaml.ScalarEvent):
+            return self._scalar(event, path)
         if isinstance(event, yaml.MappingStartEvent):
             return self._mapping(path)
-        if isinstance(event, yaml.SequenceStartEvent):
-            items: list[Any] = []
-            while not isinstance(event := self._next(), yaml.SequenceEndEvent):
-                items.append(self._value(event, (*path, len(items))))
-            return items
-        return self._scalar(event, path)
+        items: list[Any] = []
+        while not isinstance(event := self._next(), yaml.SequenceEndEvent):
+            items.append(self._value(event, (*path, len(items))))
+        return items
 
     def _check_properties(self, event: Any, path: KeyPath) -> None:
         if event.anchor is not None:
@@ -297,23 +328,30 @@ class _Reader:
 
     def _mapping(self, path: KeyPath) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
+        keys, values = self.document.keys, self.document.values
         while not isinstance(event := self._next(), yaml.MappingEndEvent):
             if not isinstance(event, yaml.ScalarEvent):
                 self._refuse((*path, "?"), event, "a key must be text; quote a value that begins with { or [ or *")
                 self._skip(event)
                 self._skip(self._next())
                 continue
-            key, mark = event.value, _mark(event.start_mark) or (0, 0)
+            key = event.value
             below = (*path, key)
-            self._check_key(event, path, below)
+            if key not in self._unsuspicious or event.style or event.anchor is not None or event.tag is not None:
+                self._check_key(event, path, below)
             if key in mapping:
-                first = self.document.keys[below][0] + 1
+                first = keys[below].line + 1
                 name = "this key" if holds_secret(path) else repr(key)
                 self._complain(below, event, f"duplicate key {name}, first in line {first}")
                 self._value(self._next(), below)
                 continue
-            self.document.keys[below] = mark
-            mapping[key] = self._value(self._next(), below)
+            keys[below] = event.start_mark
+            event = self._next()
+            if isinstance(event, yaml.ScalarEvent) and event.anchor is None and event.tag is None and len(below) <= _DEPTH_LIMIT:
+                values.setdefault(below, event.start_mark)  # as `_value` would, for what most values are
+                mapping[key] = self._scalar(event, below)
+            else:
+                mapping[key] = self._value(event, below)
         return mapping
 
     def _skip(self, event: Any) -> None:
@@ -334,15 +372,18 @@ class _Reader:
             self._complain(below, event, "a key is missing before the colon")
         elif odd := surprise(event.value):
             self._complain(below, event, odd)
+        else:
+            self._unsuspicious.add(event.value)
 
     def _scalar(self, event: Any, path: KeyPath) -> Any:
-        if message := self._repaired.get((event.start_mark.line, event.start_mark.column)):
+        if self._repaired and (message := self._repaired.get((event.start_mark.line, event.start_mark.column))):
             self._refuse(path, event, message)
             return BROKEN
         text: str = event.value
         if event.style:
             return text
-        if odd := surprise(text):
+        doubtful = not text or text[0] in NOT_SURELY_TEXT
+        if doubtful and (odd := surprise(text)):
             self._refuse(path, event, odd)
             return BROKEN
         if _CUT.match(self._text, event.end_mark.index) and holds_secret(path):
@@ -351,4 +392,4 @@ class _Reader:
                 return BROKEN
             message = "YAML ends this secret before ' #': quote it if that belongs to it"
             self._complain(path, event, message, severity="warning")
-        return resolve_scalar(text)
+        return resolve_scalar(text) if doubtful else text

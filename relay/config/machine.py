@@ -60,8 +60,11 @@ def _content(path: Path) -> bytes:
         raise ValueError(f"cannot read {path}: {error.strerror if isinstance(error, OSError) else 'no file name'}") from None
 
 
-def pair_fault(certificate: Path, key: Path | None) -> str:
-    """What OpenSSL has against a server's certificate with its key; `""` when it takes them. No key: it is in the same file."""
+def pair_fault(certificate: Path, key: Path | None, *, called: str = "key") -> str:
+    """What OpenSSL has against a certificate with its key; `""` when it takes them. No key: it is in the same file.
+
+    `called`: how the configuration calls the key.
+    """
     import ssl  # see trust_fault
 
     def ask() -> str:
@@ -73,7 +76,7 @@ def pair_fault(certificate: Path, key: Path | None) -> str:
         if error.reason == "KEY_VALUES_MISMATCH":
             return f"the key in {key} is not that of the certificate in {certificate}" if key else f"the key in {certificate} is another's"
         if key is None and b"PRIVATE KEY-----" not in certificate.read_bytes():
-            return f"there is no key: name its file with `key`, or add it to {certificate}"
+            return f"there is no key: name its file with `{called}`, or add it to {certificate}"
         return f"OpenSSL cannot use {certificate} with {key or 'the key in it'}: {error.reason or error.strerror or error}"
     except (OSError, ValueError) as error:
         return str(error)

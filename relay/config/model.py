@@ -6,6 +6,7 @@ unwise in `config.lint`. Context for validation: `environ` and `base`, where rel
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -13,26 +14,22 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    ValidationError,
     ValidationInfo,
     model_validator,
 )
 
-from relay.config import machine, values
+from relay.config import encryption, machine, quantities, values
 from relay.config.fields import (
     Address,
-    CertificateFile,
     Condition,
-    Count,
     Domain,
     Duration,
     HeaderFields,
     HeaderName,
-    Host,
     Name,
     NonEmpty,
-    Password,
-    Permission,
-    Port,
+    PathName,
     Positive,
     RecipientCondition,
     Section,
@@ -42,15 +39,12 @@ from relay.config.fields import (
     Source,
     Text,
     UserName,
-    check_credential,
     listed,
     null_or_list,
-    one_of,
     one_or_list,
 )
 from relay.config.listeners import Listener, User
-
-PORTS: Final = {"starttls": 587, "tls": 465, "none": 25}
+from relay.config.upstreams import Upstream
 
 
 def _spool_directory(value: Any, info: ValidationInfo) -> Any:
@@ -58,7 +52,7 @@ def _spool_directory(value: Any, info: ValidationInfo) -> Any:
     if value is None:
         return machine.default_directory((info.context or {}).get("environ", os.environ))
     if isinstance(value, str) and value:
-        return Path(value).expanduser()
+        return Path(os.path.expanduser(value))
     if not isinstance(value, Path):
         raise ValueError("must be the name of a directory")
     return value
@@ -71,17 +65,13 @@ def _control_socket(value: Any, info: ValidationInfo) -> Any:
         directory = spool.directory if spool is not None else Path()
         path = machine.default_control((info.context or {}).get("environ", os.environ), directory)
     elif isinstance(value, Path) or (isinstance(value, str) and value):
-        path = Path(value).expanduser()
+        path = Path(os.path.expanduser(value))
     else:
         raise ValueError("must be the path of a socket")
     if (length := len(os.fsencode(path))) > values.SOCKET_PATH_LIMIT:
         shorter = "name a shorter path" if value is not None else "name a shorter path with `control`"
         raise ValueError(f"the control socket {path} has {length} bytes, a socket's path at most {values.SOCKET_PATH_LIMIT}: {shorter}")
     return path
-
-
-def _null_sender(value: str) -> str:
-    return value if value == "keep" else values.parse_address(value)
 
 
 def _reply_to(value: str) -> str:
@@ -117,50 +107,6 @@ def _fallbacks(value: Any) -> Any:
 def _named_routes(value: "tuple[Route, ...]") -> "tuple[Route, ...]":
     """A route without a name is called by its place in the file, the first `routes[0]`."""
     return tuple(route if route.name else route.model_copy(update={"name": f"routes[{place}]"}) for place, route in enumerate(value))
-
-
-class Limits(Section):
-    """How much at once an upstream gets."""
-
-    connections: Count = Field(default=5, description="at once")
-    recipients: Count = Field(default=100, description="per transaction")
-    messages_per_connection: Count = 100
-
-
-class Timeouts(Section):
-    """How long an upstream may take."""
-
-    connect: Positive = Field(default=30.0, description="TCP and TLS")
-    command: Positive = Field(default=60.0, description="the reply to a command")
-    data: Positive = Field(default=60.0, description="without progress while content is sent")
-    final: Positive = Field(default=600.0, description="the reply after the last octet")  # RFC 5321 section 4.5.3.2.6
-
-
-class Upstream(Section):
-    """A next hop with its credential and limits."""
-
-    description: Text = ""
-    host: Annotated[tuple[Host, ...], one_or_list(str), NonEmpty] = Field(description="address records, never MX; a list is tried in order")
-    security: Literal["starttls", "tls", "none"] = Field(default="starttls", description="never downgraded")
-    port: Port = Field(
-        default_factory=lambda data: PORTS[data.get("security", "starttls")], description="default by security: 587, 465, 25"
-    )
-    ca_file: CertificateFile = Field(default=None, description="default: the system's trust store")
-    verify: bool = Field(default=True, description="check the certificate and its name")
-    username: Annotated[Text, AfterValidator(check_credential)] | None = None
-    password: Password | None = None
-    auth: Annotated[
-        Literal["auto", "plain", "login", "cram-md5", "none"],
-        one_of(("auto", "plain", "login", "cram-md5", "none"), pending=("xoauth2",)),
-    ] = Field(default="auto", description="auto: the first offered of plain, login, cram-md5")
-    senders: Annotated[tuple[Permission, ...], one_or_list(str), NonEmpty] = Field(
-        default=(), description="the domains and addresses this credential may ever send for; default: any"
-    )
-    source_address: Annotated[Text, AfterValidator(values.parse_ip)] | None = None
-    ehlo: Annotated[Text, AfterValidator(values.parse_ehlo)] | None = Field(default=None, description="default: hostname")
-    null_sender: Annotated[Text, AfterValidator(_null_sender)] = Field(default="keep", description="keep, or an address used instead of <>")
-    limits: Limits = Limits()
-    timeouts: Timeouts = Timeouts()
 
 
 class FromRewrite(Section):
@@ -246,9 +192,10 @@ class Route(Section):
     )
     rewrite: Rewrite | None = None
     retry: Retry | None = Field(default=None, description="its own, instead of the file's")
-    wait: Annotated[Duration, AfterValidator(values.bounded_wait)] = Field(
+    wait: Annotated[Duration, AfterValidator(quantities.bounded_wait)] = Field(
         default=0.0, description="hold the reply to DATA for the upstream's own verdict, at most so long; default: never"
     )
+    verified_only: bool = Field(default=False, description="use the fallback until `relay test` of the upstream has succeeded")
 
 
 class SpoolSettings(Section):
@@ -260,6 +207,24 @@ class SpoolSettings(Section):
     max_size: Size | None = Field(default=None, description="of all waiting mail together; default: as much as fits")
     min_free: SizeOrNone = Field(default=100_000_000, description="with less free on its disk no mail is taken; 0: never mind")
     keep_log: Duration = Field(default=2_592_000.0, description="how long the delivery log keeps a line")
+
+
+class SecretSettings(Section):
+    """Where the key is that opens `{encrypted: …}`."""
+
+    key_file: PathName | None = Field(default=None, description="default: $RELAY_SECRET_KEY_FILE")
+
+
+def keys_of(tree: dict[str, Any], base: Path, environ: Mapping[str, str]) -> encryption.Keys:
+    """The keys that the plain values of a file name, before anything is read that needs them: the section may stand anywhere.
+
+    What is wrong with it is said when the whole file is validated.
+    """
+    try:
+        named = SecretSettings.model_validate(tree.get("secrets", {}), context={"base": base}).key_file
+    except ValidationError:
+        named = None
+    return encryption.keys_at(named, environ)
 
 
 class LogSettings(Section):
@@ -293,6 +258,7 @@ class Config(Section):
         validate_default=True,
         description="the socket of the operator's commands; default: in $RUNTIME_DIRECTORY, else in the spool's directory",
     )
+    secrets: SecretSettings = SecretSettings()
     shutdown_timeout: Duration = 20.0
     log: LogSettings = LogSettings()
 

@@ -30,6 +30,8 @@ _SURPRISES: Final = (
     (re.compile(r"<<"), "a merge key", "write the keys out, or quote it if it is text"),
 )
 _FIRST_OF_SURPRISES: Final = frozenset("yYoOnN0123456789+-<")
+#: With which an unquoted word begins that may be something else than text, or surprise somebody.
+NOT_SURELY_TEXT: Final = _FIRST_OF_SURPRISES | {word[0] for word in (*_NULLS, *_BOOLEANS) if word}
 
 
 def resolve_scalar(text: str) -> str | bool | Whole | Decimal | None:
@@ -56,7 +58,9 @@ def surprise(text: str) -> str:
 
     Only the words for true and false are repeated: anything else may be a secret under a mistyped key.
     """
-    if not text or text[0] not in _FIRST_OF_SURPRISES:
+    if not text or text[0] not in _FIRST_OF_SURPRISES or _WHOLE.fullmatch(text):
+        return ""
+    if text[0].isalpha() and len(text) > 3:  # there are no longer words among them
         return ""
     for pattern, taken_for, advice in _SURPRISES:
         if pattern.fullmatch(text):

@@ -1,20 +1,21 @@
-"""Get a secret from where the file says it is: the file itself, the environment, another file, systemd, a command.
+"""Get a secret from where the file says it is: the file itself, encrypted or not, the environment, another file, systemd, a command.
 
 A secret's value leaves a `Secret` only by `reveal()`: not by print, log, repr, pickle or traceback. What goes wrong is said
 without the value and without a command's output. A file, a systemd credential and a command are asked again by `read_again`.
 """
 
 import os
-import stat
+import select
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 _COMMAND_TIMEOUT_SECONDS = 10
 _FILE_LIMIT_OCTETS = 65536  # no credential is longer; a key file with its chain is not
-_FORMS = "text, or one of {env: NAME}, {file: PATH}, {credential: NAME}, {command: [argv…]}"
+_FORMS = "text, or one of {env: NAME}, {file: PATH}, {credential: NAME}, {command: [argv…]}, {encrypted: TEXT}"
 
 
 _TEXT: Final = {"type": "string", "minLength": 1}
@@ -28,6 +29,7 @@ _SCHEMAS: Final = {
         "minItems": 1,
         "description": "a command with its arguments, run without a shell, that prints it",
     },
+    "encrypted": _TEXT | {"description": "what `relay secret encrypt` made of it"},
 }
 #: What an editor may offer where a secret is wanted (JSON Schema).
 SECRET_SCHEMA: Final[dict[str, Any]] = {
@@ -43,6 +45,9 @@ SECRET_SCHEMA: Final[dict[str, Any]] = {
 }
 
 
+_FORM_NAMES: Final = frozenset(_SCHEMAS)
+
+
 class SecretError(ValueError):
     """The secret cannot be had; the message says why and never holds the secret."""
 
@@ -50,16 +55,19 @@ class SecretError(ValueError):
 class Secret:
     """A value that must not be seen. `source` says where it came from: `env ACME_PASSWORD`, or `the file` for plain text.
 
-    `read` gets the value from there again, and blocks; None where it cannot change. No dataclass: `asdict` and a model's dump would
-    open it.
+    `read` gets the value from there again, and blocks; None where it cannot change. `path` is the file behind it, if there is one. No
+    dataclass: `asdict` and a model's dump would open it.
     """
 
-    __slots__ = ("_read", "_value", "source")
+    __slots__ = ("_read", "_value", "path", "source")
 
-    def __init__(self, value: str, source: str = "the file", *, read: Callable[[], str] | None = None) -> None:
+    def __init__(
+        self, value: str, source: str = "the file", *, read: Callable[[], str] | None = None, path: Path | None = None
+    ) -> None:  # fmt: skip
         self._value = value
         self._read = read
         self.source = source
+        self.path = path
 
     def reveal(self) -> str:
         """The value, for the one place that sends it."""
@@ -68,7 +76,7 @@ class Secret:
     def read_again(self) -> "Secret":
         """The secret as its source has it now: another one, or this very one where nothing has changed. Blocks. Raises ValueError."""
         value = self._read() if self._read is not None else self._value
-        return self if value == self._value else Secret(value, self.source, read=self._read)
+        return self if value == self._value else Secret(value, self.source, read=self._read, path=self.path)
 
     @property
     def is_plain(self) -> bool:
@@ -76,9 +84,9 @@ class Secret:
         return self.source == "the file"
 
     @property
-    def is_in_file(self) -> bool:
-        """Whether it costs next to nothing to look whether it has changed."""
-        return self.source.startswith(("file ", "credential "))
+    def can_change(self) -> bool:
+        """Whether its source may have another one while the program runs."""
+        return self._read is not None
 
     def __repr__(self) -> str:
         return f"Secret(from {self.source})"
@@ -93,13 +101,33 @@ class Secret:
         raise TypeError("a secret cannot be pickled")
 
 
+class Use(NamedTuple):
+    """A place that uses a secret: `upstream acme: its secret`, the secret in use, and how another one takes its place.
+
+    `take` is given the one that was in use when the new one was read, and answers whether it still was and the new one is.
+    """
+
+    name: str
+    current: Callable[[], Secret]
+    take: Callable[[Secret, Secret], bool]
+
+
+def _no_key(_: str) -> str:
+    raise SecretError("there is no key to open it with")
+
+
 def resolve(
-    source: Any, environ: Mapping[str, str], *, base: Path = Path(), check: Callable[[str], object] | None = None
-) -> Secret:  # fmt: skip
+    source: Any,
+    environ: Mapping[str, str],
+    *,
+    base: Path = Path(),
+    check: Callable[[str], object] | None = None,
+    decrypt: Callable[[str], str] = _no_key,
+) -> Secret:
     """The secret that `source`, a string or one of the forms of the file, stands for.
 
-    `base` is where relative file names begin. `check` raises ValueError for a value that is of no use, whenever one is read. Raises
-    that or SecretError, also for an empty secret.
+    `base` is where relative file names begin. `check` raises ValueError for a value that is of no use, whenever one is read; `decrypt`
+    opens an encrypted one. Raises what they do or SecretError, also for an empty secret.
     """
     if isinstance(source, Secret):
         return source
@@ -108,24 +136,25 @@ def resolve(
     if not isinstance(source, Mapping) or len(source) != 1:
         raise SecretError(f"must be {_FORMS}")
     ((form, where),) = source.items()
-    if form == "encrypted":
-        raise SecretError("the form {encrypted: …} is not available yet")
-    if form not in ("env", "file", "credential", "command"):
+    if form not in _FORM_NAMES:
         # The key may itself be a secret that someone wrote in braces: it is not repeated.
         raise SecretError(f"must be {_FORMS}")
     if form != "command" and (not isinstance(where, str) or not where):
-        raise SecretError(f"{form}: must name one thing, as in {_FORMS}")
+        meant = "must be a text from `relay secret encrypt`" if form == "encrypted" else f"must name one thing, as in {_FORMS}"
+        raise SecretError(f"{form}: {meant}")
     if form == "env":
         if where not in environ:
             raise SecretError(f"the environment variable {where} is not set")
         return Secret(_checked(lambda: environ[where], f"env {where}", check), f"env {where}")
+    if form == "encrypted":
+        return Secret(_checked(lambda: decrypt(where), "encrypted text", check), "encrypted text")
     if form == "command":
-        ask, name = partial(_from_command, where), f"command {_words(where)[0]}"
+        path, ask, name = None, partial(_from_command, where), f"command {_words(where)[0]}"
     else:
-        path = (base / Path(where).expanduser()).absolute() if form == "file" else _credential_path(where, environ)
-        ask, name = partial(_from_file, path), f"{form} {where}"
+        path = (base / Path(os.path.expanduser(where))).absolute() if form == "file" else _credential_path(where, environ)
+        ask, name = partial(read_file, path), f"{form} {where}"
     read = partial(_checked, ask, name, check)
-    return Secret(read(), name, read=read)
+    return Secret(read(), name, read=read, path=path)
 
 
 def _checked(ask: Callable[[], str], source: str, check: Callable[[str], object] | None) -> str:
@@ -146,15 +175,14 @@ def _credential_path(name: str, environ: Mapping[str, str]) -> Path:
     return Path(directory, name).absolute()
 
 
-def _from_file(path: Path) -> str:
+def read_file(path: Path) -> str:
+    """The text of a file that is small enough for a secret, without one line break at its end. Raises SecretError."""
     try:
-        with path.open("rb") as file:
-            if stat.S_ISDIR(os.fstat(file.fileno()).st_mode):
-                raise SecretError(f"cannot read {path}: Is a directory")
+        # Without waiting for somebody to write to a pipe: then it is empty, and the relay starts all the same.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            os.set_blocking(file.fileno(), True)
             content = file.read(_FILE_LIMIT_OCTETS + 1)
     except (OSError, ValueError) as error:
-        if isinstance(error, SecretError):
-            raise
         reason = error.strerror if isinstance(error, OSError) else "not a usable file name"
         raise SecretError(f"cannot read {path}: {reason}") from None
     if len(content) > _FILE_LIMIT_OCTETS:
@@ -169,24 +197,42 @@ def _words(argv: Any) -> Sequence[str]:
 
 
 def _from_command(argv: Sequence[str]) -> str:
+    null, deadline = subprocess.DEVNULL, time.monotonic() + _COMMAND_TIMEOUT_SECONDS
     try:
-        done = subprocess.run(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=_COMMAND_TIMEOUT_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+        with subprocess.Popen(argv, bufsize=0, stdin=null, stdout=subprocess.PIPE, stderr=null) as child:
+            try:
+                assert child.stdout is not None, "it is a pipe"
+                printed = _printed(child.stdout.fileno(), deadline)
+                if len(printed) > _FILE_LIMIT_OCTETS:
+                    raise SecretError(f"the command {argv[0]} prints too much for a secret")
+                code = child.wait(max(0.0, deadline - time.monotonic()))
+            except BaseException:
+                child.kill()
+                raise
+    except (TimeoutError, subprocess.TimeoutExpired):
         reason = f"took longer than {_COMMAND_TIMEOUT_SECONDS} s"
     except (OSError, ValueError) as error:
+        if isinstance(error, SecretError):
+            raise
         reason = f"cannot be run: {error.strerror if isinstance(error, OSError) else 'not a usable command'}"
     else:
-        if done.returncode == 0:
-            return _decoded(done.stdout, f"the output of {argv[0]}")
-        reason = f"was killed by signal {-done.returncode}" if done.returncode < 0 else f"failed with exit code {done.returncode}"
+        if code == 0:
+            return _decoded(printed, f"the output of {argv[0]}")
+        reason = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
     raise SecretError(f"the command {argv[0]} {reason}")
+
+
+def _printed(descriptor: int, deadline: float) -> bytes:
+    """What comes through a pipe until its end, or until it is more than any secret has. Raises TimeoutError."""
+    poll, found = select.poll(), b""
+    poll.register(descriptor, select.POLLIN)
+    while len(found) <= _FILE_LIMIT_OCTETS:
+        if not poll.poll(1000 * max(0.0, deadline - time.monotonic())):
+            raise TimeoutError
+        if not (piece := os.read(descriptor, _FILE_LIMIT_OCTETS)):
+            break
+        found += piece
+    return found
 
 
 def _decoded(content: bytes, where: str) -> str:

@@ -1,10 +1,11 @@
-"""Read the small languages inside one value of the file: durations, sizes, networks, hosts, addresses, conditions, header names.
+"""Read the small languages inside one value of the file: networks, hosts, addresses, conditions, header names.
 
 Every function takes what the file says and returns what the program uses, or raises ValueError with words for the person who
 wrote it. Numbers that stood in the file without quotes come as `Whole` or `Decimal`, which remember how they were written: so
 `1.2` can be text, and a bare `30` can be refused as a duration. Pure.
 """
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -15,10 +16,6 @@ from relay.mail.address import AddressError, folded, is_mailbox, normalize_domai
 
 Network = IPv4Network | IPv6Network
 
-_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?(ms|s|m|h|d)")
-_DURATION_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?) ?([kKMGT]i?)?B")
-_SIZE_POWERS: Final = {"K": 1, "M": 2, "G": 3, "T": 4}
 _UID = re.compile(r"uid:(0|[1-9][0-9]{0,9})")
 _MODE = re.compile(r"0?[0-7]{3}")
 _UNIX, _SYSTEMD = "unix:", "systemd:"
@@ -61,41 +58,23 @@ def as_written(value: Any) -> Any:
     return value.written if isinstance(value, Whole | Decimal) else value
 
 
-def parse_duration(value: Any) -> float:
-    """Seconds from `30s 5m 2h 4d 500ms`. Numbers from code, not from a file, already are seconds."""
-    if isinstance(value, Whole | Decimal):
-        raise ValueError(f"a duration needs a unit: write {value.written}s (or ms, m, h, d)")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
-    if not match:
-        raise ValueError("must be a duration such as 30s, 5m, 2h, 4d or 500ms")
-    return float(match[1]) * _DURATION_UNITS[match[2]]
-
-
-def bounded_wait(seconds: float) -> float:
-    """So long a client may be held: it waits ten minutes for this reply (RFC 5321 section 4.5.3.2.6), an application often one."""
-    if seconds > 60:
-        raise ValueError("must be at most 60s")
-    return seconds
-
-
-def parse_size(value: Any) -> int:
-    """Octets from `50MB` (10^6), `50MiB` (2^20) or a whole number."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return int(value)
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if not match:
-        raise ValueError("must be a size such as 50MB (10^6), 50MiB (2^20) or a whole number of bytes")
-    unit = match[2] or ""
-    base = 1024 if unit.endswith("i") else 1000
-    return int(float(match[1]) * base ** (_SIZE_POWERS[unit[0].upper()] if unit else 0))
-
-
 def parse_text(value: str) -> str:
     """Text for one line: no control characters, which would break a log line, a command or a header."""
     if _CONTROL.search(value):
         raise ValueError("must not contain control characters or line breaks")
+    return value
+
+
+def parse_service_account(value: str) -> str:
+    """The JSON key of a service account, as Google's console hands it out."""
+    try:
+        key = json.loads(value)
+    except (ValueError, RecursionError):
+        raise ValueError("is not the JSON key file of a service account") from None
+    if not isinstance(key, dict) or not all(isinstance(key.get(name), str) for name in ("client_email", "private_key")):
+        raise ValueError("is no key of a service account: it has no client_email and private_key")
+    if "PRIVATE KEY-----" not in key["private_key"]:
+        raise ValueError("is no key of a service account: its private_key is not a PEM key")
     return value
 
 

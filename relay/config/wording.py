@@ -9,17 +9,19 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ValidationError
 
-from relay.config import listeners, model
+from relay.config import listeners, model, oauth, upstreams
 from relay.config.findings import KeyPath, Problem, Suggestions, holds_secret, kind_of
+from relay.config.providers import PROVIDERS, Provider
 
 _ANY: Final = "*"
 _SECTIONS: Final[dict[KeyPath, type[BaseModel]]] = {
     (): model.Config,
     ("listeners", _ANY): listeners.Listener,
     ("users", _ANY): listeners.User,
-    ("upstreams", _ANY): model.Upstream,
-    ("upstreams", _ANY, "limits"): model.Limits,
-    ("upstreams", _ANY, "timeouts"): model.Timeouts,
+    ("upstreams", _ANY): upstreams.Upstream,
+    ("upstreams", _ANY, "limits"): upstreams.Limits,
+    ("upstreams", _ANY, "oauth2"): oauth.OAuth2,
+    ("upstreams", _ANY, "timeouts"): upstreams.Timeouts,
     ("routes", _ANY): model.Route,
     ("routes", _ANY, "rewrite"): model.Rewrite,
     ("routes", _ANY, "rewrite", "from"): model.FromRewrite,
@@ -31,14 +33,13 @@ _SECTIONS: Final[dict[KeyPath, type[BaseModel]]] = {
     ("routes", _ANY, "fallback", _ANY, "rewrite", "from"): model.FromRewrite,
     ("routes", _ANY, "retry"): model.Retry,
     ("retry",): model.Retry,
+    ("secrets",): model.SecretSettings,
     ("spool",): model.SpoolSettings,
     ("log",): model.LogSettings,
 }
 _YET_TO_COME: Final[dict[KeyPath, str]] = {
-    (): "dkim soft_bounce admin include tenants tests secrets",
-    ("upstreams", _ANY): "provider oauth2 client_certificate client_key probe",
-    ("upstreams", _ANY, "limits"): "rate recipient_rate",
-    ("routes", _ANY): "header verified_only redirect discard soft_bounce",
+    (): "dkim soft_bounce admin include tenants tests",
+    ("routes", _ANY): "header redirect discard soft_bounce",
     ("spool",): "postgresql node ephemeral",
     ("log",): "addresses subjects",
 }
@@ -66,7 +67,11 @@ def problems(error: ValidationError, tree: Any) -> Iterator[Problem]:
         if kind == "default_factory_not_called":
             continue  # the value that the default depends on has an error of its own
         if kind == "missing":
-            problem = Problem((*path, str(item["loc"][-1])), "is missing", at="missing")
+            missing = (*path, str(item["loc"][-1]))
+            known = _known(missing, tree)
+            if known is None:
+                continue  # a provider that is mistyped would have brought it
+            problem = Problem(missing, f"is missing: {known.where}" if known.where else "is missing", at="missing")
         elif kind == "extra_forbidden":
             problem = Problem(path, _unknown_key(path, suggestions), at="key")
         else:
@@ -75,6 +80,14 @@ def problems(error: ValidationError, tree: Any) -> Iterator[Problem]:
         if (problem.path, problem.message) not in seen:
             seen.add((problem.path, problem.message))
             yield problem
+
+
+def _known(path: KeyPath, tree: Any) -> Provider | None:
+    """The provider of the upstream whose host this is, one of which nothing is known where there is none, None where it is mistyped."""
+    if _pattern(path) != ("upstreams", _ANY, "host"):
+        return PROVIDERS["generic"]
+    name = tree["upstreams"][path[1]].get("provider")
+    return PROVIDERS.get(name if isinstance(name, str) else "generic")
 
 
 def yet_to_come(path: KeyPath) -> bool:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from relay.clock import Clock
 from relay.config.model import Config, Route
 from relay.delivery.breaker import Breakers
+from relay.delivery.verified import Verified
 from relay.mail import header
 from relay.mail.content import has_dot_line
 from relay.mail.envelope import Facts
@@ -25,7 +26,7 @@ from relay.mail.reply import Reply
 from relay.mail.rewrite import Rewrite, envelope_sender, rewrite_header
 from relay.observe.journal import Journal
 from relay.routing import Router, upstreams_of
-from relay.spool.base import Claim, Content, Lane, Next
+from relay.spool.base import Claim, Content, Lane, Next, Used
 from relay.upstream.pool import Pool
 from relay.upstream.transaction import Outgoing
 
@@ -46,8 +47,9 @@ _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 class Result(NamedTuple):
     """What an attempt came to: outcomes by address, or where the message goes without having been tried.
 
-    `header_block` is the message's own, for a bounce; empty when it was not read. `tried`: False when the upstream's breaker is open.
-    `revived`: the upstream works again after a long time.
+    `header_block` is the message's own, for a bounce; empty when it was not read. `tried`: False when the upstream's breaker is open,
+    or it is not verified. `revived`: the upstream works again after a long time. `transactions`: how many it took. Of an upstream with
+    a pace, what is to be stored as `used`, and when one that asked us to slow down is given mail again (`resumes`, epoch).
     """
 
     outcomes: Mapping[str, Outcome]
@@ -55,14 +57,20 @@ class Result(NamedTuple):
     header_block: bytes = b""
     tried: bool = True
     revived: bool = False
+    transactions: int = 1
+    used: tuple[Used, ...] = ()
+    resumes: float = 0.0
 
 
 class Attempts:
     """Tries claims."""
 
     def __init__(
-        self, config: Config, router: Router, pool: Pool, journal: Journal, clock: Clock, *, breakers: Breakers
+        self, config: Config, router: Router, pool: Pool, journal: Journal, clock: Clock, *, breakers: Breakers,
+        verified: Verified | None = None,
     ) -> None:  # fmt: skip
+        """`verified`: asked for routes with `verified_only`."""
+        self._verified = verified
         self._config = config
         self._router = router
         self._pool = pool
@@ -82,6 +90,13 @@ class Attempts:
                 if moved is not None:
                     return Result(untried(claim), moved)
             assert route is not None, "a lane's route exists, or the message was moved"
+            if (
+                route.verified_only
+                and self._verified is not None
+                and claim.lane.upstream == route.upstream
+                and (objection := self._verified.objection(claim.lane.upstream)) is not None
+            ):
+                return Result(dict.fromkeys((r.address for r in claim.envelope.recipients), objection), tried=False)
             if (closed := self._breakers.admit(claim.lane.upstream, claim.id)) is not None:
                 outcomes = dict.fromkeys((r.address for r in claim.envelope.recipients), closed)
                 return Result(outcomes, tried=False)
@@ -95,6 +110,10 @@ class Attempts:
             # Whether the upstream has it is not known, so nobody else may get it.
             outcome = outcome_of_failure(Phase.FINAL, Failure.CLOSED, "local error while delivering, see the log")
             return Result({r.address: outcomes.get(r.address, outcome) for r in claim.envelope.recipients})
+
+    def rides(self, upstream: str) -> bool:
+        """Whether messages ride behind others there (`upstream.rides`), so that more attempts than connections are of use."""
+        return self._pool.rides(upstream)
 
     def _target(self, claim: Claim) -> tuple[Route | None, Next | None]:
         """The route that takes the message now, and where it must go first, if not to the lane it is in."""
@@ -142,7 +161,7 @@ class Attempts:
             return Result(untried(claim), Next(math.inf, claim.lane, counted=False, held=held))
         original = header.block_of(head)
         block = rewrite_header(claim.prefix + original, rules)
-        sender = envelope_sender(claim.envelope.sender, rules)
+        sender = envelope_sender(claim.envelope.sender, rules) or ("" if upstream.null_sender == "keep" else upstream.null_sender)
         if upstream.senders and (reason := objection(upstream.senders, sender, header.scan(block))) is not None:
             held = f"upstream {claim.lane.upstream} may not send it: {reason}"
             return Result(untried(claim), self._hold(claim, held))
@@ -150,7 +169,7 @@ class Attempts:
         octets = b"".join((block, header.separator(bytes(body[:2])), body))
         recipients = claim.envelope.recipients
         message = Outgoing(
-            sender=sender or ("" if upstream.null_sender == "keep" else upstream.null_sender),
+            sender=sender,
             recipients=recipients,
             octets=octets,
             size=len(octets) + claim.content.size - len(head),
@@ -162,8 +181,8 @@ class Attempts:
             envid=claim.envelope.envid,
             utf8_header=claim.envelope.smtputf8 and not block.isascii(),
         )
-        await self._send_all(claim.lane.upstream, message, outcomes, limit=upstream.limits.recipients)
-        return Result(outcomes, header_block=original)
+        transactions = await self._send_all(claim.lane.upstream, message, outcomes, limit=upstream.limits.recipients)
+        return Result(outcomes, header_block=original, transactions=transactions)
 
     def _rules(self, claim: Claim, route: Route) -> Rewrite | None:
         """What changes on the way out. A report of ours gets a fallback's From, or one that the credential may use, and nothing else."""
@@ -174,15 +193,18 @@ class Attempts:
         address = address or report_author(self._config.upstreams[claim.lane.upstream].senders, claim.envelope.recipients[0].address)
         return Rewrite(from_name=name, from_address=address) if name or address else None
 
-    async def _send_all(self, upstream: str, message: Outgoing, outcomes: dict[str, Outcome], *, limit: int) -> None:
-        """Send in as many transactions as the recipients need: `limit` each, and again those that were too many for the upstream."""
+    async def _send_all(self, upstream: str, message: Outgoing, outcomes: dict[str, Outcome], *, limit: int) -> int:
+        """Send in as many transactions as the recipients need: `limit` each, and again those that were too many for the upstream.
+        Answers how many these were."""
         if len(message.recipients) == 1:
             (outcomes[message.recipients[0].address],) = await self._pool.send(upstream, message)
-            return
+            return 1
+        limit = min(limit, self._pool.recipients_limit(upstream) or limit)
         if self._crowds:
             limit = min(limit, self._crowd(upstream, limit))
-        waiting, guess = list(message.recipients), 0
+        waiting, guess, transactions = list(message.recipients), 0, 0
         while waiting:
+            transactions += 1
             now, waiting = waiting[:limit], waiting[limit:]
             results = await self._pool.send(upstream, message._replace(recipients=now) if len(now) < len(message.recipients) else message)
             outcomes |= zip((r.address for r in now), results, strict=True)
@@ -198,6 +220,7 @@ class Attempts:
             elif fault := next(filter(_speaks_for_all, results), None):
                 outcomes |= dict.fromkeys((r.address for r in waiting), fault._replace(in_doubt=False))
                 break
+        return transactions
 
     def _crowd(self, upstream: str, limit: int) -> int:
         """How many recipients the upstream was seen to take at once, not long ago."""

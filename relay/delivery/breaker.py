@@ -43,12 +43,15 @@ _LOGIN: Final = _Kind("credential", 1, 900.0, 21_600.0)
 
 _TRANSACTION: Final = (Phase.MAIL, Phase.RCPT, Phase.DATA, Phase.CONTENT)
 
+#: Who tries when no message does.
+PROBE: Final = MessageId("a probe")
+
 
 @dataclass(slots=True)
 class _Circuit:
     """One breaker. `since`: the first failure of this row (epoch); `open_since` and `until`: monotonic seconds, of one that is open.
 
-    `last`: the message that failed last.
+    `phase` and `last`: in which of them, and which message, failed last.
     """
 
     kind: _Kind
@@ -58,6 +61,7 @@ class _Circuit:
     open_since: float = 0.0
     until: float = 0.0
     reply: str = ""
+    phase: Phase | None = None
     last: MessageId | None = None
 
 
@@ -140,6 +144,19 @@ class Breakers:
         self._fail(upstream, trouble.login if sign is _Sign.REFUSES else trouble.way, id, outcome, tried=tried)
         return False
 
+    def record_probe(self, upstream: str, outcome: Outcome | None) -> bool:
+        """Note what an admitted probe came to, None for success; answers as `record`. It says nothing of what fails later than a login."""
+        trouble = self._troubles.get(upstream)
+        if outcome is not None:
+            return self.record(upstream, PROBE, [outcome])
+        if trouble is None:
+            return False
+        if trouble.trying == PROBE:
+            trouble.trying = None
+        if any(circuit.failures and circuit.phase in _TRANSACTION for circuit in (trouble.way, trouble.login)):
+            return False
+        return self._close(upstream, trouble)
+
     # -- for decisions ----------------------------------------------------------------------------------------------------
 
     def ready_at(self, upstream: str) -> float:
@@ -184,7 +201,7 @@ class Breakers:
         if not circuit.failures:
             circuit.since = self._clock.now()
         circuit.failures += 1
-        circuit.reply = str(outcome.reply)
+        circuit.reply, circuit.phase = str(outcome.reply), outcome.phase
         now, kind = self._clock.monotonic(), circuit.kind
         if circuit.open_seconds:
             circuit.open_seconds = min(kind.longest, 2 * circuit.open_seconds)

@@ -43,12 +43,13 @@ def delay_seconds(retry: Retry, attempts: int) -> float:
 
 def plan(
     claim: Claim, outcomes: Mapping[str, Outcome], *, upstreams: Sequence[str], retry: Retry, now: float, jitter: float,
-    closed: Mapping[str, float] = NOTHING_CLOSED, tried: bool = True,
+    closed: Mapping[str, float] = NOTHING_CLOSED, tried: bool = True, resumes: float = 0.0,
 ) -> Plan:  # fmt: skip
     """Decide. `upstreams` are the route's, in the order they are tried; `jitter` multiplies the delay, about 0.9 to 1.1.
 
     `closed`: upstreams that take nothing before a certain time (epoch): their breaker is open, or it is too early for this fallback.
-    `tried`: False when the outcomes say no more than that the claim's own upstream is one of them.
+    `tried`: False when the outcomes say no more than that the claim's own upstream is one of them. `resumes`: when an upstream that
+    asked us to slow down is given mail again (epoch).
     """
     recipients, here = claim.envelope.recipients, claim.lane.upstream
     left = _after(here, upstreams)
@@ -71,6 +72,7 @@ def plan(
     upstream = here if stays else upstreams[0]
     waits_here = not tried and upstream == here
     when = now + (0.0 if waits_here else jitter * delay_seconds(retry, 1 if throttled else claim.attempt))
+    when = max(when, resumes)
     if upstream == here:  # not later than any mail, for what the breaker waits for may be mended by a restart, which forgets it
         when = max(when, min(_reopens(closed.get(here, now), now=now, jitter=jitter), now + jitter * retry.max))
     when = min(when, claim.created + retry.expire, *(_reopens(closed[name], now=now, jitter=jitter) for name in movable))

@@ -1,40 +1,38 @@
 """When which waiting message is attempted: slots for each upstream, lanes in turn, no task for what only waits.
 
 A message that can go at once comes here already claimed (`reserve`, `start`); all others wait in the spool, and are claimed lane by
-lane when they are due and their upstream has a free slot.
+lane when they are due, their upstream has a free slot, and its pace allows it.
 
 State: slots in use by upstream, lanes known to have waiting mail and when, and the running attempts. Law 7: an upstream that hangs
-uses up its own slots and nothing else; one that has nothing due costs nothing.
+uses up its own slots and nothing else; one that has nothing due, or may not be given what it has, costs nothing.
 """
 
 import asyncio
 import heapq
-from collections import OrderedDict, deque
-from collections.abc import Collection, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
+from math import inf
 from typing import Any
 
 from relay.clock import Clock
 from relay.config.model import Config
 from relay.delivery.attempt import Attempts, Result, untried
 from relay.delivery.breaker import Breakers
+from relay.delivery.pace import Paces, Pacing
 from relay.delivery.settle import Settler
+from relay.delivery.slots import Slots, account
+from relay.delivery.timeline import Timeline
 from relay.observe.journal import Journal
-from relay.spool.base import Claim, Lane, Next, Selection, Spool, SpoolError
+from relay.observe.metrics import Metrics
+from relay.spool.base import Claim, Lane, Next, Spool, SpoolError
 
 #: The spool is asked this often for due mail that nobody told us of, and soon after a lane was found empty.
 _REFRESH_SECONDS = 60.0
 _REFRESH_SOON_SECONDS = 5.0
 
-#: Claims that wait in memory for a slot of their upstream, for each of its slots: read in one commit, not one by one.
-_WINDOW_PER_SLOT = 3
-
 #: While the contents of all claims in memory together exceed this, nothing is claimed ahead of a free slot (law 8).
 _MEMORY_LIMIT_BYTES = 64 * 1024 * 1024
-
-#: The timeline keeps times that may no longer be true until there are this many more of them than of lanes.
-_HINTS_LIMIT = 1000
 
 #: Held mail whose time is up is given up so many at once, each with its content in memory.
 _OVERDUE_AT_ONCE = 100
@@ -42,33 +40,19 @@ _OVERDUE_AT_ONCE = 100
 #: Slots for lanes whose upstream is no longer configured: their mail is matched again or held, and touches no network.
 _ORPHAN_SLOTS = 5
 
+#: A client that waits for a verdict does so for a minute at most: no use where the pace allows nothing for longer.
+_PATIENCE_SECONDS = 60.0
 
-@dataclass(slots=True)
-class _Slots:
-    """One upstream's share. `used` slots are attempting, `promised` ones belong to messages that are being put or claimed.
-
-    `window`: claims that wait for a slot. `ready`: lanes with due mail in the spool, in turn. `until`: the upstream asked us to slow
-    down (monotonic seconds).
-    """
-
-    limit: int
-    used: int = 0
-    promised: int = 0
-    window: deque[tuple[Claim, bool]] = field(default_factory=deque)
-    ready: OrderedDict[Lane, None] = field(default_factory=OrderedDict)
-    until: float = 0.0
-
-    def room(self, *, ahead: bool) -> int:
-        """How many more claims it can take; `ahead`: beyond its slots, into the window."""
-        limit = self.limit * (1 + _WINDOW_PER_SLOT) if ahead else self.limit
-        return limit - self.used - self.promised - len(self.window)
+#: Timers may be early by so much.
+_TICK_SECONDS = 0.001
 
 
 class Scheduler:
     """Claims due mail and runs its attempts. Implements `intake.Dispatch`."""
 
     def __init__(
-        self, config: Config, spool: Spool, attempts: Attempts, settler: Settler, journal: Journal, clock: Clock, *, breakers: Breakers
+        self, config: Config, spool: Spool, attempts: Attempts, settler: Settler, journal: Journal, clock: Clock, *, breakers: Breakers,
+        metrics: Metrics | None = None,
     ) -> None:  # fmt: skip
         self._spool = spool
         self._attempts = attempts
@@ -76,16 +60,18 @@ class Scheduler:
         self._breakers = breakers
         self._journal = journal
         self._clock = clock
-        self._slots = {name: _Slots(upstream.limits.connections) for name, upstream in config.upstreams.items()}
-        self._ready: dict[str, _Slots] = {}  # the upstreams with lanes in their turn
-        self._due: dict[Lane, float] = {}  # the earliest known time for each lane that waits
-        self._timeline: list[tuple[float, Lane]] = []  # heap; entries that differ from _due are hints, and may be wrong
+        self._upstreams = config.upstreams
+        self._paces = Paces(config, journal, metrics or Metrics(), clock)
+        self._slots: dict[str, Slots] = {}  # of upstreams that were given mail
+        self._asking: dict[str, Slots] = {}  # the upstreams from whose lanes more can be claimed, as far as is known
+        self._resting: list[tuple[float, str]] = []  # heap: when (monotonic) to look at upstreams whose pace allows nothing now
+        self._timeline = Timeline()
         self._changed = asyncio.Event()
         self._refresh_at = 0.0  # monotonic seconds
         self._running: dict[asyncio.Task[None], Claim] = {}
         self._loop = asyncio.get_running_loop()
-        self._throttle_seconds = config.retry.first
         self._revived: set[str] = set()  # upstreams whose mail was put off for long, and could go now
+        self._put_off: dict[Lane, None] = {}  # the lanes of such mail
         self._octets = 0
         self._claiming = asyncio.Lock()
         self._stopping = False
@@ -93,52 +79,57 @@ class Scheduler:
     # -- for intake -------------------------------------------------------------------------------------------------------
 
     def reserve(self, lane: Lane) -> bool:
-        slots = self._slots[lane.upstream]
-        if self._stopping or slots.ready or slots.until > self._clock.monotonic() or slots.room(ahead=self._roomy) <= 0:
+        slots = self._slots_of(lane.upstream)
+        if self._stopping or slots.ready or self._room(slots) <= 0:
             return False
-        slots.promised += 1
+        slots.promise(1)
         return True
 
     def release(self, lane: Lane) -> None:
-        slots = self._slots[lane.upstream]
-        slots.promised -= 1
-        if slots.ready:
-            self._changed.set()
+        slots = self._slots_of(lane.upstream)
+        slots.take_back(1)
+        self._ask(slots)
 
     def start(self, claim: Claim) -> None:
-        self._admit(self._slots[claim.lane.upstream], claim, fresh=True)
+        self._admit(self._slots_of(claim.lane.upstream), claim, fresh=True)
 
     def wake(self, lane: Lane, when: float) -> None:
-        if when < self._due.get(lane, float("inf")):
-            self._due[lane] = when
-            heapq.heappush(self._timeline, (when, lane))
-            if len(self._timeline) > 2 * len(self._due) + _HINTS_LIMIT:
-                self._timeline = [(due, known) for known, due in self._due.items()]
-                heapq.heapify(self._timeline)
+        if self._timeline.add(lane, when):
             self._changed.set()
 
     def paused(self, lane: Lane) -> bool:
-        return self._slots[lane.upstream].until > self._clock.monotonic()
+        pace = self._slots_of(lane.upstream).pace
+        return pace is not None and (pace.pause() > 0 or pace.wait() > _PATIENCE_SECONDS)
 
     # -- for operators, and for the pool ----------------------------------------------------------------------------------
 
-    def give_up(self, claims: Sequence[Claim], reason: str) -> Collection[asyncio.Task[None]]:
+    def give_up(self, claims: Sequence[Claim], reason: str, *, waited_for: str = "") -> Collection[asyncio.Task[None]]:
         """End claimed messages as failed, each with its bounce; what is answered is done when that is stored. `reason` is for their
-        senders; `""`: held until their time was up."""
+        senders; `""`: their time was up while they were held, or `waited_for` something."""
         self._octets += sum(len(claim.content.octets or b"") for claim in claims)
-        return [self._own(claim, self._end(claim, reason)) for claim in claims]
+        return [self._own(claim, self._end(claim, reason, waited_for)) for claim in claims]
 
     def try_now(self, upstream: str) -> None:
         """Somebody wants this upstream tried, though its breaker may be open."""
         self._breakers.reset(upstream)
+        self._timeline.unpark(upstream)
+        self._changed.set()
+        if (slots := self._slots.get(upstream)) is not None and slots.pace is not None:
+            slots.pace.resume()
+            self._ask(slots)
 
     def secret_changed(self, upstream: str) -> None:
         """What waits because the old one was refused can go."""
         self._breakers.reset(upstream)
+        self._timeline.unpark(upstream)
         self._revive(upstream)
 
     def attempting(self, message_id: str, upstreams: Collection[str]) -> bool:
         return any(claim.id == message_id and claim.lane.upstream in upstreams for claim in self._running.values())
+
+    def pacings(self) -> list[Pacing]:
+        """The paces that are kept at the moment, for people."""
+        return self._paces.pacings()
 
     # -- the service ------------------------------------------------------------------------------------------------------
 
@@ -185,43 +176,72 @@ class Scheduler:
         if self._clock.monotonic() < self._refresh_at:
             return
         self._refresh_at = self._clock.monotonic() + _REFRESH_SOON_SECONDS  # unless the spool answers
+        if self._put_off:
+            await self._bring_forward()
+            return
         held = [*self._running.values(), *(claim for slots in self._slots.values() for claim, _ in slots.window)]
         await self._spool.renew(held)  # before leases are looked at
         waiting = await self._spool.next_due()
         for lane, when in waiting.items():
             self.wake(lane, when)
-        await self._bring_forward(waiting)
+        if not self._paces.restored:  # until then nothing goes where there is a quota
+            self._paces.restore(await self._spool.used())
+            for slots in self._slots.values():
+                self._ask(slots)
+        self._put_off = dict.fromkeys(lane for lane in waiting if lane.upstream in self._revived)
+        self._revived.clear()
         async with self._claiming:
             overdue = await self._spool.overdue(_OVERDUE_AT_ONCE) if not self._stopping else ()
             self.give_up(overdue, "")
-        more = len(overdue) == _OVERDUE_AT_ONCE
-        pause = 0.0 if self._revived else _REFRESH_SOON_SECONDS if more else _REFRESH_SECONDS
+            more = await self._give_up_late(waiting) or len(overdue) == _OVERDUE_AT_ONCE
+        pause = 0.0 if self._put_off else _REFRESH_SOON_SECONDS if more else _REFRESH_SECONDS
         self._refresh_at = self._clock.monotonic() + pause
 
-    async def _bring_forward(self, waiting: Iterable[Lane]) -> None:
-        """Make mail due that was put off while its upstream did not work: of one upstream, and then others' mail is claimed, for the spool
-        looks through all of the queue."""
-        self._revived.intersection_update(lane.upstream for lane in waiting)
-        if self._revived:
-            upstream = min(self._revived)
-            self._wake_all(await self._spool.reschedule(Selection(upstream=upstream)))
-            self._revived.discard(upstream)
+    async def _bring_forward(self) -> None:
+        """Make mail due that was put off while its upstream did not work: a page of one lane, and then others' mail is claimed."""
+        lane = next(iter(self._put_off))
+        if await self._spool.hasten(lane):
+            self.wake(lane, self._clock.now())
+        else:
+            del self._put_off[lane]
+        self._refresh_at = 0.0
+        self._changed.set()
+
+    async def _give_up_late(self, waiting: Mapping[Lane, float]) -> bool:
+        """End what has grown too old in lanes that wait for their pace, where nobody looks at it; answers whether there may be more."""
+        more, now = False, self._clock.now()
+        for lane in [lane for lane, due in waiting.items() if due <= now and not self._stopping]:
+            if (slots := self._slots.get(lane.upstream)) is None or slots.pace is None or slots.pace.room() > 0:
+                continue
+            claims = await self._spool.late(lane, now - self._settler.expiry_of(lane), _OVERDUE_AT_ONCE)
+            self.give_up(claims, "", waited_for=f"{lane.upstream} {slots.pace.reason()}")
+            more = more or len(claims) == _OVERDUE_AT_ONCE
+        return more
 
     def _collect(self) -> None:
         """Move lanes that have become due into their upstream's turn."""
-        now = self._clock.now()
-        while self._timeline and self._timeline[0][0] <= now:
-            _, lane = heapq.heappop(self._timeline)
-            slots = self._slots_of(lane)
+        for lane in self._timeline.due(self._clock.now()):
+            slots = self._slots_of(lane.upstream)
             slots.ready.setdefault(lane)
-            self._ready[lane.upstream] = slots
+            self._asking[lane.upstream] = slots
+        monotonic = self._clock.monotonic()
+        while self._resting and self._resting[0][0] <= monotonic:
+            when, upstream = heapq.heappop(self._resting)
+            slots = self._slots[upstream]
+            if slots.looked_at == when:
+                slots.looked_at = inf
+                self._asking[upstream] = slots
 
     async def _claim(self) -> None:
         """Claim for every upstream that has room and ready lanes, each lane its share, all in one commit of the spool."""
         wanted: list[tuple[Lane, int]] = []
-        for slots in self._ready.values():
-            room = slots.room(ahead=self._roomy)
-            if room <= 0 or self._stopping or slots.until > self._clock.monotonic():
+        asking, self._asking = self._asking, {}
+        for slots in asking.values():
+            room = self._room(slots)
+            if self._stopping or not slots.ready:
+                continue
+            if room <= 0:
+                self._rest(slots)
                 continue
             if len(slots.window) > slots.limit:
                 continue  # enough to go on with: claim many at once when fewer are left
@@ -229,63 +249,88 @@ class Scheduler:
             for place, lane in enumerate(lanes):
                 share = room // len(lanes) + (1 if place < room % len(lanes) else 0)
                 slots.ready.move_to_end(lane)
-                slots.promised += share
+                slots.promise(share)
                 wanted.append((lane, share))
         async with self._claiming:
             results = await asyncio.gather(*(self._claim_lane(lane, share) for lane, share in wanted), return_exceptions=True)
         if (error := next((result for result in results if isinstance(result, BaseException)), None)) is not None:
             raise error  # only now: the claims beside it are admitted
-        if any(results):
-            self._changed.set()  # lanes that gave all they were asked for may have more
 
-    async def _claim_lane(self, lane: Lane, share: int) -> bool:
-        """Claim and start; answers whether the lane may have more that is due."""
+    async def _claim_lane(self, lane: Lane, share: int) -> None:
+        """Claim and start."""
         claims: Sequence[Claim] = ()
         slots = self._slots[lane.upstream]
-        self._due.pop(lane, None)  # from here on a wake is news
+        self._timeline.forget(lane)  # from here on a wake is news
         try:
             claims = await self._spool.claim(lane, share)
         finally:
-            slots.promised -= share - len(claims)
+            slots.take_back(share - len(claims))
             if len(claims) < share:
-                del slots.ready[lane]
-                if not slots.ready:
-                    del self._ready[lane.upstream]
+                slots.ready.pop(lane, None)
                 self._refresh_at = min(self._refresh_at, self._clock.monotonic() + _REFRESH_SOON_SECONDS)
         for claim in claims:
             self._admit(slots, claim, fresh=False)
-        return len(claims) == share
+        self._ask(slots)
 
     @property
     def _roomy(self) -> bool:
         return self._octets < _MEMORY_LIMIT_BYTES
 
-    def _slots_of(self, lane: Lane) -> _Slots:
-        return self._slots.setdefault(lane.upstream, _Slots(_ORPHAN_SLOTS))
+    def _slots_of(self, upstream: str) -> Slots:
+        if (slots := self._slots.get(upstream)) is None:
+            most = self._upstreams[upstream].limits.connections if upstream in self._upstreams else _ORPHAN_SLOTS
+            slots = self._slots[upstream] = Slots(upstream, most, self._paces.of(upstream), partial(self._attempts.rides, upstream))
+        return slots
+
+    def _room(self, slots: Slots) -> int:
+        """How many more messages may be promised a slot. What an open breaker sends elsewhere needs no pace."""
+        room = slots.room(ahead=self._roomy)
+        if slots.pace is None or room <= 0 or self._breakers.ready_at(slots.upstream):
+            return room
+        return min(room, slots.pace.room()) if self._paces.restored else 0
+
+    def _ask(self, slots: Slots) -> None:
+        """There may be room for mail that is due."""
+        if slots.ready:
+            self._asking[slots.upstream] = slots
+            self._changed.set()
+
+    def _rest(self, slots: Slots) -> None:
+        """Look again when the pace allows it. Where slots are lacking, the end of an attempt is what asks."""
+        if slots.pace is None or not self._paces.restored or slots.room(ahead=False) <= 0:
+            return
+        when = self._clock.monotonic() + slots.pace.wait() + _TICK_SECONDS
+        if when < slots.looked_at:
+            slots.looked_at = when
+            heapq.heappush(self._resting, (when, slots.upstream))
 
     def _pause(self) -> float:
         """Seconds until something is due by itself."""
         moments = [self._refresh_at - self._clock.monotonic()]
-        if self._timeline:
-            moments.append(self._timeline[0][0] - self._clock.now())
-        moments += [s.until - self._clock.monotonic() for s in self._ready.values() if s.until > self._clock.monotonic()]
+        if (due := self._timeline.next()) is not None:
+            moments.append(due - self._clock.now())
+        if self._resting:
+            moments.append(self._resting[0][0] - self._clock.monotonic())
         return max(0.0, min(moments))
 
     # -- attempts ---------------------------------------------------------------------------------------------------------
 
-    def _admit(self, slots: _Slots, claim: Claim, *, fresh: bool) -> None:
+    def _admit(self, slots: Slots, claim: Claim, *, fresh: bool) -> None:
         """Take a promised claim: into a slot, or into the window until there is one."""
         slots.promised -= 1
         self._octets += len(claim.content.octets or b"")
         if self._stopping:
+            self._return(claim)
+        elif slots.pace is not None and slots.pace.owes:  # the ones before it had more recipients than could be known
+            slots.pace.charge(-1, -1)
             self._return(claim)
         elif slots.used < slots.limit:
             self._begin(slots, claim, fresh=fresh)
         else:
             slots.window.append((claim, fresh))
 
-    def _begin(self, slots: _Slots, claim: Claim, *, fresh: bool) -> None:
-        slots.used += 1
+    def _begin(self, slots: Slots, claim: Claim, *, fresh: bool) -> None:
+        slots.begin(len(claim.envelope.recipients), self._clock.monotonic())
         self._own(claim, self._attempt(claim, fresh=fresh))
 
     def _own(self, claim: Claim, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -298,16 +343,20 @@ class Scheduler:
         slots = self._slots[claim.lane.upstream]
         try:
             result = await self._attempts.send(claim, fresh=fresh)
-            if any(outcome.throttled for outcome in result.outcomes.values()):
-                slots.until = self._clock.monotonic() + self._throttle_seconds  # before the next one takes the slot
+            throttled = next((outcome for outcome in result.outcomes.values() if outcome.throttled), None)
+            if throttled is not None or slots.pace is not None:  # before the next one takes the slot
+                result = account(slots, claim, result, throttled, paces=self._paces, clock=self._clock)
         finally:
             self._leave(slots)
         if result.revived:
             self._revive(claim.lane.upstream)
+        if self._timeline.parked and result.tried and not self._breakers.ready_at(claim.lane.upstream):
+            self._timeline.unpark(claim.lane.upstream)
+            self._changed.set()
         await self._settle(claim, result)
 
-    async def _end(self, claim: Claim, reason: str) -> None:
-        self._wake_all(await self._settler.give_up(claim, reason))
+    async def _end(self, claim: Claim, reason: str, waited_for: str) -> None:
+        self._wake_all(await self._settler.give_up(claim, reason, waited_for=waited_for))
 
     def _revive(self, upstream: str) -> None:
         self._revived.add(upstream)
@@ -322,23 +371,27 @@ class Scheduler:
         await self._settle(claim, Result(untried(claim), Next(self._clock.now(), claim.lane, counted=False)))
 
     async def _settle(self, claim: Claim, result: Result) -> None:
-        self._wake_all(await self._settler.settle(claim, result))
+        dues, lane = await self._settler.settle(claim, result), claim.lane
+        if not result.tried and any(due.lane == lane for due in dues) and (ready := self._breakers.ready_at(lane.upstream)):
+            self._timeline.park(lane, now=self._clock.now(), latest=ready)
+            self._slots_of(lane.upstream).ready.pop(lane, None)
+        self._wake_all(dues)
 
     def _wake_all(self, dues: Iterable[Next]) -> None:
         for due in dues:
             self.wake(due.lane, due.when)
 
-    def _leave(self, slots: _Slots) -> None:
+    def _leave(self, slots: Slots) -> None:
         """A slot is free: the next claim of the window takes it."""
         slots.used -= 1
-        if slots.until > self._clock.monotonic():
+        if slots.pace is not None:  # since it asked us to slow down: what was claimed ahead goes back
             while slots.window:
                 self._return(slots.window.popleft()[0])
         elif slots.window and not self._stopping:
             claim, fresh = slots.window.popleft()
             self._begin(slots, claim, fresh=fresh)
-        if slots.ready and len(slots.window) <= slots.limit:
-            self._changed.set()
+        if len(slots.window) <= slots.limit:
+            self._ask(slots)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         claim = self._running.pop(task)

@@ -15,6 +15,7 @@ from relay.delivery.breaker import Breakers
 from relay.delivery.report import Report, Reporter
 from relay.delivery.retry import Plan, give_up, plan
 from relay.delivery.verdict import Verdicts
+from relay.delivery.verified import Verified
 from relay.mail.bounce import Action
 from relay.mail.envelope import Recipient
 from relay.mail.outcome import Outcome, Phase, Scope, Status
@@ -39,9 +40,10 @@ class Settler:
 
     def __init__(
         self, config: Config, router: Router, spool: Spool, journal: Journal, clock: Clock, *, rng: random.Random,
-        breakers: Breakers, metrics: Metrics, waits: Waits | None = None,
+        breakers: Breakers, metrics: Metrics, waits: Waits | None = None, verified: Verified | None = None,
     ) -> None:  # fmt: skip
-        """`waits`: the clients that intake holds for a verdict."""
+        """`waits`: the clients that intake holds for a verdict. `verified`: asked for routes with `verified_only`."""
+        self._verified = verified
         self._config = config
         self._router = router
         self._reporter = Reporter(config, router, spool, clock)
@@ -63,9 +65,14 @@ class Settler:
             return await self._finish(claim, result)
         return await self._conclude(claim, result, self._plan(claim, result))
 
-    async def give_up(self, claim: Claim, reason: str) -> list[Next]:
-        """End a message that nobody tries any more, as failed for `reason`; `""`: it was held until its time was up. As `settle`."""
-        status, text = (Status.FAILED, reason) if reason else (Status.DEFERRED, f"held: {claim.held}")
+    def expiry_of(self, lane: Lane) -> float:
+        """How old mail of this lane may become, in seconds."""
+        return self._router.retry_of(lane.route).expire
+
+    async def give_up(self, claim: Claim, reason: str, *, waited_for: str = "") -> list[Next]:
+        """End a message that nobody tries any more, as failed for `reason`; `""`: its time was up while it was held, or `waited_for`
+        something. As `settle`."""
+        status, text = (Status.FAILED, reason) if reason else (Status.DEFERRED, waited_for or f"held: {claim.held}")
         decided = give_up(claim, Outcome(status, Scope.MESSAGE, Phase.RESOLVE, Reply(0, "", text)))
         return await self._conclude(claim, Result(decided.outcomes), decided, given_up=reason)
 
@@ -73,25 +80,29 @@ class Settler:
         route, now, lane = self._router.route(claim.lane.route), self._clock.now(), claim.lane
         upstreams = (upstreams_of(route) if route is not None else ()) or (lane.upstream,)
         closed = {name: when for name in upstreams if (when := self._breakers.ready_at(name))}
-        if route is not None and any(outcome.status is Status.DEFERRED for outcome in result.outcomes.values()):
+        unverified = route is not None and route.verified_only and self._verified is not None and self._verified.ready_at(upstreams[0])
+        if unverified:
+            closed[upstreams[0]] = max(closed.get(upstreams[0], 0.0), unverified)
+        elif route is not None and any(outcome.status is Status.DEFERRED for outcome in result.outcomes.values()):
             for item in route.fallback:  # to wait would not change a refusal for good
                 if item.after and item.upstream != lane.upstream:
                     since = self._breakers.failing_since(upstreams[0])
                     closed[item.upstream] = max(closed.get(item.upstream, 0.0), (now if since is None else since) + item.after)
         return plan(
             claim, result.outcomes, upstreams=upstreams, retry=self._router.retry_of(lane.route), now=now,
-            jitter=self._rng.uniform(0.9, 1.1), closed=closed, tried=result.tried,
+            jitter=self._rng.uniform(0.9, 1.1), closed=closed, tried=result.tried, resumes=result.resumes,
         )  # fmt: skip
 
     async def _conclude(self, claim: Claim, result: Result, decided: Plan, *, given_up: str = "") -> list[Next]:
-        if await self._verdicts.refused(claim, decided):
+        if await self._verdicts.refused(claim, decided, result.used):
             self._tell(claim, decided)
             self._tell_upstream(claim, result)
             return []
         report = await self._reporter.report(claim, decided, header_block=result.header_block, given_up=given_up)
         # Mail that waits for an open breaker is put off again and again: that is told once, not every time.
         news = result.tried or decided.fallback != "" or decided.next is None or self._clock.now() < claim.created + _NEW_SECONDS
-        if not await self._store(Settlement(report.claim, decided.outcomes, decided.next, report.draft, tried=news)):
+        settlement = Settlement(report.claim, decided.outcomes, decided.next, report.draft, tried=news, used=result.used)
+        if not await self._store(settlement):
             return []
         if news:
             if decided.fallback:
@@ -111,7 +122,8 @@ class Settler:
         report = None
         if any(recipient.notify for recipient in claim.envelope.recipients):  # some may have asked to hear of success
             report = await self._reporter.report(claim, Plan(outcomes, None, ()), header_block=result.header_block)
-        if not await self._store(Settlement(claim, outcomes, None, report.draft if report is not None else None)):
+        draft = report.draft if report is not None else None
+        if not await self._store(Settlement(claim, outcomes, None, draft, used=result.used)):
             return []
         if others:
             self._tell(claim, Plan(outcomes, None, ()))
@@ -199,8 +211,6 @@ class Settler:
             settings = self._config.upstreams.get(upstream)
             user = settings.username if settings is not None and settings.username is not None else ""
             self._journal.auth_failed(upstream=upstream, user=user, reply=str(refused.reply))
-        if throttled := next((outcome for outcome in outcomes if outcome.throttled), None):
-            self._journal.throttled(upstream=upstream, reply=str(throttled.reply))
 
     def _tell_untold(self, claim: Claim, failed: Sequence[Recipient]) -> None:
         """The log's last word on those whom no report speaks of."""

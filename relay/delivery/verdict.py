@@ -12,10 +12,13 @@ from relay.delivery.retry import Plan
 from relay.mail.outcome import Outcome, Phase, Status
 from relay.mail.reply import Reply
 from relay.observe.journal import Journal
-from relay.spool.base import Claim, LeaseLost, Next, Settlement, Spool, SpoolError
+from relay.spool.base import Claim, LeaseLost, Next, Settlement, Spool, SpoolError, Used
 from relay.spool.wait import Wait, Waits
 
 _AGAIN_SECONDS = 1.0
+
+# Where a failure without a reply is that the upstream lacks what the message or the recipient's address needs.
+_BEGUN = (Phase.MAIL, Phase.RCPT)
 
 
 class Verdicts:
@@ -37,8 +40,8 @@ class Verdicts:
         if (then.held or then.when > self._clock.now()) and (wait := self._waits.of(claim.id)) is not None:
             wait.end()
 
-    async def refused(self, claim: Claim, decided: Plan) -> bool:
-        """Whether it was stored as ended, without a bounce, for the client to hear that everybody is refused.
+    async def refused(self, claim: Claim, decided: Plan, used: tuple[Used, ...]) -> bool:
+        """Whether it was stored as ended, without a bounce, for the client to hear that everybody is refused. `used`: of quotas.
 
         Anything else ends the wait, apart from a fallback that tries everybody now.
         """
@@ -53,7 +56,7 @@ class Verdicts:
         if not await wait.refused(claim.id, reply):
             return False
         async with wait.turn:
-            return wait.refusing and await self._end(wait, Settlement(claim, decided.outcomes))
+            return wait.refusing and await self._end(wait, Settlement(claim, decided.outcomes, used=used))
 
     async def _end(self, wait: Wait, settlement: Settlement) -> bool:
         """Store the end of one part. Where none of the parts is stored yet, its failure turns the refusal into a bounce again."""
@@ -87,7 +90,7 @@ def _refusal(claim: Claim, decided: Plan) -> Reply | None:
 def _by_upstream(outcome: Outcome) -> bool:
     """Whether it was the upstream that refused, and not time or an operator. Where it may have the message all the same, only a bounce
     can say so."""
-    return outcome.status is Status.FAILED and not outcome.in_doubt and (outcome.reply.code >= 500 or outcome.phase is Phase.MAIL)
+    return outcome.status is Status.FAILED and not outcome.in_doubt and (outcome.reply.code >= 500 or outcome.phase in _BEGUN)
 
 
 def _all(decided: Plan, status: Status) -> bool:

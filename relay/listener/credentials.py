@@ -13,14 +13,16 @@ import contextlib
 import hmac
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
+from functools import partial
 from ipaddress import IPv6Address, IPv6Network, ip_address
 
 from relay.clock import Clock
 from relay.config.listeners import User
 from relay.config.password import ScryptHash, parse_hash, prepared
+from relay.config.secrets import Secret, Use
 from relay.listener.login import Given
 
 #: An application that logs in for every message costs one hash in so many seconds.
@@ -57,18 +59,26 @@ class Credentials:
         self._key = secrets.token_bytes(32)
         self._right: dict[str, tuple[bytes, float]] = {}
         self._hashes: dict[str, ScryptHash] = {}
+        self._decoy: ScryptHash | None = None
+        self._secrets: dict[str, Secret] = {}
         for name, user in users.items():
             if user.password is not None:
-                self._right[name] = (self._digest(prepared(user.password.reveal())), float("inf"))
+                self._use_password(name, user.password)
             elif user.password_hash is not None:
-                self._hashes[name] = parse_hash(user.password_hash.reveal())
-        costliest = max(self._hashes.values(), key=lambda stored: stored.work, default=None)
-        self._decoy = costliest._replace(salt=secrets.token_bytes(16), digest=secrets.token_bytes(32)) if costliest else None
+                self._use_hash(name, user.password_hash)
         self._nobody = (secrets.token_bytes(32), 0.0)
         self._failures = Failures(delay)
         self._threads = ThreadPoolExecutor(2 if (os.cpu_count() or 1) > 2 else 1, thread_name_prefix="logins")
         self._queued = 0
         self._stopped = asyncio.Event()
+
+    def uses(self) -> Iterator[Use]:
+        """The passwords and hashes that can change. Who is logged in stays so."""
+        for name, secret in self._secrets.items():
+            if secret.can_change:
+                use = self._use_hash if name in self._hashes else self._use_password
+                word = "password_hash" if name in self._hashes else "password"
+                yield Use(f"user {name}: its {word}", partial(self._secrets.__getitem__, name), partial(self._exchange, name, use))
 
     def known(self, given: Given, client: str) -> bool:
         """Whether this is right, as far as that can be told at once."""
@@ -102,6 +112,33 @@ class Credentials:
         self._stopped.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
+    def _exchange(self, name: str, use: Callable[[str, Secret], None], old: Secret, new: Secret) -> bool:
+        if self._secrets[name] is not old:
+            return False
+        use(name, new)
+        return True
+
+    def _use_password(self, name: str, secret: Secret) -> None:
+        self._secrets[name] = secret
+        self._right[name] = (self._digest(prepared(secret.reveal())), float("inf"))
+
+    def _use_hash(self, name: str, secret: Secret) -> None:
+        """What was right by the hash before is not remembered."""
+        self._secrets[name] = secret
+        self._hashes[name] = parse_hash(secret.reveal())
+        self._right.pop(name, None)
+        self._decoy = None
+
+    def _stored(self, user: str) -> ScryptHash | None:
+        """The user's hash, or one as costly as any and nobody's, where there are hashes at all."""
+        stored = self._hashes.get(user)
+        if stored is not None or not self._hashes:
+            return stored
+        if self._decoy is None:
+            costliest = max(self._hashes.values(), key=lambda stored: stored.work)
+            self._decoy = costliest._replace(salt=secrets.token_bytes(16), digest=secrets.token_bytes(32))
+        return self._decoy
+
     def _is_known(self, given: Given) -> bool:
         digest, until = self._right.get(given.user, self._nobody)
         same = hmac.compare_digest(self._digest(given.password), digest)
@@ -111,7 +148,7 @@ class Credentials:
         """None when there is no room to find out. What is wrong costs a hash, whoever it is, once any user has one."""
         if self._is_known(given):
             return True
-        stored = self._hashes.get(given.user, self._decoy)
+        stored = self._stored(given.user)
         if stored is None:
             return False
         if self._queued >= _QUEUE:
@@ -121,7 +158,7 @@ class Credentials:
             matches = await asyncio.get_running_loop().run_in_executor(self._threads, stored.matches, given.password)
         finally:
             self._queued -= 1
-        if not (matches and given.password and given.user in self._hashes):
+        if not (matches and given.password and self._hashes.get(given.user) is stored):  # nobody's, or changed meanwhile
             return False
         self._right[given.user] = (self._digest(given.password), self._clock.monotonic() + _REMEMBER_SECONDS)
         return True

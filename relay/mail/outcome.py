@@ -6,12 +6,13 @@ The only place where a code becomes a fate. Everything is a table, so that an op
 Laws: every (phase, event) pair has an entry; an unknown one is Deferred, never Sent.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from relay.mail.reply import Reply
+from relay.mail.reply import Reply, told
 
 
 class Phase(Enum):
@@ -40,6 +41,8 @@ class Failure(Enum):
     NONSENSE = "nonsense"  # bytes that are no SMTP reply
     UNTRUSTED = "untrusted"  # certificate or handshake
     LACKING = "lacking"  # an extension or mechanism that this message or configuration needs is not offered
+    REFUSED = "refused"  # a token server gives no access token for what we show it
+    SLOWED = "slowed"  # a token server wants fewer requests
 
 
 class Status(Enum):
@@ -55,6 +58,25 @@ class Scope(Enum):
     MESSAGE = "message"
     UPSTREAM = "upstream"
     CREDENTIAL = "credential"
+
+
+class Meaning(Enum):
+    """What a reply tells a person to look at: finer than a fate, which may be the same for several."""
+
+    OTHER = "other"
+    THROTTLED = "throttled"  # slower, please
+    QUOTA = "quota"  # what an hour, a day or a plan allows is used up
+    CREDENTIAL = "credential"  # user name or password
+    APP_PASSWORD = "app-password"  # the account's own password is not taken from programs
+    AUTH_DISABLED = "auth-disabled"  # this kind of login is switched off for the account
+    AUTH_NEEDED = "auth-needed"  # mail is taken from nobody who has not logged in
+    MECHANISM = "mechanism"  # the login mechanism is unknown, too weak, or none of ours is offered
+    TOKEN = "token"  # an OAuth2 access token: expired, without consent, or for something else
+    SENDER = "sender"  # the envelope sender or From may not be used
+    RELAYING = "relaying"  # it takes no mail for others from us
+    ADDRESS = "address"  # the address that we connect from, or our EHLO name, is not on its list
+    ACCOUNT = "account"  # the account is blocked, suspended or not yet released
+    TLS_NEEDED = "tls-needed"
 
 
 class Outcome(NamedTuple):
@@ -75,22 +97,26 @@ class Outcome(NamedTuple):
     reports: bool = False
 
 
+Pattern = tuple[str, str, str | tuple[str, ...]]
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One line of the table of fates: in these phases, on this event, this is the fate.
 
     `event` is a Failure, or a pattern over the reply: a code with `x` for any digit, an enhanced code with `x` for any number, and
-    which of the SAYINGS its text must contain; `""` for whatever it is.
+    what its text must contain: one of the SAYINGS, by name, or any of these phrases in lower case. `""` for whatever it is.
     """
 
     phases: tuple[Phase, ...]
-    event: Failure | tuple[str, str, str]
+    event: Failure | Pattern
     status: Status
     scope: Scope
     why: str
     in_doubt: bool = False
     throttled: bool = False
     fallback: bool = False
+    meaning: Meaning = Meaning.OTHER
 
 
 _SETUP = (Phase.RESOLVE, Phase.CONNECT, Phase.TLS, Phase.GREETING, Phase.EHLO, Phase.STARTTLS)
@@ -99,20 +125,33 @@ _BEFORE_FINAL = (*_SETUP, Phase.AUTH, *_COMMANDS, Phase.CONTENT)
 _TRANSACTION = (*_COMMANDS, Phase.CONTENT, Phase.FINAL)
 _GREETED = (Phase.GREETING, Phase.EHLO, Phase.STARTTLS)  # before them nobody speaks
 _ANY = (*_GREETED, Phase.AUTH, *_TRANSACTION)
+_LOGIN = (Phase.AUTH, Phase.MAIL)  # what is said later may be about words in the message
+_LOGGED = (Phase.AUTH, *_TRANSACTION)
 _NOT_AUTH = (*_GREETED, *_TRANSACTION)
 _NOT_MAIL = (Phase.RCPT, Phase.DATA, Phase.FINAL)
 _NOT_RCPT = (Phase.MAIL, Phase.DATA, Phase.FINAL)
 
 _SENT, _DEFERRED, _FAILED = Status.SENT, Status.DEFERRED, Status.FAILED
 _RECIPIENT, _MESSAGE, _UPSTREAM, _CREDENTIAL = Scope.RECIPIENT, Scope.MESSAGE, Scope.UPSTREAM, Scope.CREDENTIAL
+_THROTTLED, _QUOTA, _SENDER, _RELAYING = Meaning.THROTTLED, Meaning.QUOTA, Meaning.SENDER, Meaning.RELAYING
 
 #: What upstreams say in words where codes do not tell it apart: any of these phrases, in lower case.
 SAYINGS: Mapping[str, tuple[str, ...]] = {
     "slow down": (
         "throttl", "too many connections", "too many concurrent", "concurrent connections", "connection limit", "rate limit", "ratelimit",
-        "rate overlimit", "sending rate", "sending limit", "sending quota", "message quota", "quotaexceededexception", "daily limit",
-        "hourly limit", "emails per hour", "permitted limits", "maximum credits", "too many messages", "too much mail", "server busy",
+        "rate overlimit", "sending rate", "too many messages", "too much mail", "server busy",
     ),
+    "used up": (
+        "sending limit", "sending quota", "daily message quota", "quotaexceededexception", "daily limit", "hourly limit", "emails per hour",
+        "has exceeded permitted limits", "maximum credits",
+    ),
+    "STARTTLS first": ("starttls", "encryption required", "encryption is required", "tls required", "tls is required"),
+    "app password": ("application-specific password", "app-specific password", "application specific password", "app password"),
+    "login is off": (
+        "basic authentication is disabled", "basic authentication is not supported", "smtpclientauthentication is disabled",
+        "smtp auth is disabled", "smtp authentication is disabled",
+    ),
+    "not proven": ("dkim", "dmarc", " spf", "spf "),
     "no relaying": (
         "relay access denied", "relaying denied", "relay not permitted", "relaying not permitted", "not permitted to relay",
         "not allowed to relay", "unable to relay", "allowed rcpthosts", "not logged in", "client not authenticated",
@@ -120,11 +159,12 @@ SAYINGS: Mapping[str, tuple[str, ...]] = {
         "must authenticate",
     ),
     "account blocked": (
-        "banned sender", "spam abuse", "bad outbound sender", "unusual sending activity", "sending suspended", "sending paused",
+        "denied, banned sender", "denied, spam abuse", "bad outbound sender", "unusual sending activity", "sending suspended",
+        "sending paused",
     ),
     "not this sender": (
         "not verified", "verified sender identity", "sendasdenied", "send as this sender", "not owned by user", "sender address rejected",
-        "sender rejected", "not authorized to send", "not allowed to send", "not authorized to perform", "domain does not pass dmarc",
+        "sender rejected", "not authorized to send", "not allowed to send", "not authorized to perform",
     ),
 }  # fmt: skip
 
@@ -133,35 +173,57 @@ TABLE: tuple[Row, ...] = (
     # -- codes that ask us to slow down: wait, no fallback ----------------------------------------------------------------
     # RFC 3207 gives 454 to a server whose TLS is broken, and many send it with 4.7.0: that is no request to slow down.
     Row((Phase.STARTTLS,), ("454", "", ""), _DEFERRED, _UPSTREAM, "TLS is not available there", fallback=True),
-    Row(_ANY, ("454", "4.7.0", ""), _DEFERRED, _UPSTREAM, "throttled", throttled=True),
-    Row(_ANY, ("432", "4.3.2", ""), _DEFERRED, _UPSTREAM, "throttled: too many connections", throttled=True),
-    Row(_ANY, ("421", "4.7.x", ""), _DEFERRED, _UPSTREAM, "throttled", throttled=True),
-    Row(_ANY, ("421", "", "slow down"), _DEFERRED, _UPSTREAM, "throttled", throttled=True),
-    Row((Phase.AUTH,), ("454", "", ""), _DEFERRED, _UPSTREAM, "temporary authentication failure", throttled=True),
+    Row(_ANY, ("421", "", "used up"), _DEFERRED, _UPSTREAM, "a quota is used up", throttled=True, meaning=_QUOTA),
+    Row(_ANY, ("454", "4.7.0", ""), _DEFERRED, _UPSTREAM, "throttled", throttled=True, meaning=_THROTTLED),
+    Row(_ANY, ("432", "4.3.2", ""), _DEFERRED, _UPSTREAM, "throttled: too many connections", throttled=True, meaning=_THROTTLED),
+    Row(_ANY, ("421", "4.7.x", ""), _DEFERRED, _UPSTREAM, "throttled", throttled=True, meaning=_THROTTLED),
+    Row(_ANY, ("421", "", "slow down"), _DEFERRED, _UPSTREAM, "throttled", throttled=True, meaning=_THROTTLED),
+    Row((Phase.AUTH,), ("454", "", ""), _DEFERRED, _UPSTREAM, "temporary authentication failure", throttled=True, meaning=_THROTTLED),
     # -- codes about everybody, whoever the message is for ----------------------------------------------------------------
     Row(_ANY, ("421", "", ""), _DEFERRED, _UPSTREAM, "the upstream is closing the connection", fallback=True),
-    Row(_ANY, ("530", "", ""), _DEFERRED, _CREDENTIAL, "the upstream wants authentication or TLS", fallback=True),
-    Row(_ANY, ("534", "", ""), _DEFERRED, _CREDENTIAL, "the upstream refuses this login mechanism", fallback=True),
-    Row(_ANY, ("535", "", ""), _DEFERRED, _CREDENTIAL, "the upstream refuses the credential", fallback=True),
-    Row(_ANY, ("538", "", ""), _DEFERRED, _CREDENTIAL, "the upstream wants encryption for this login", fallback=True),
+    Row(_ANY, ("530", "", "STARTTLS first"), _DEFERRED, _CREDENTIAL, "the upstream wants TLS", fallback=True, meaning=Meaning.TLS_NEEDED),
+    Row(_ANY, ("530", "", ""), _DEFERRED, _CREDENTIAL, "the upstream wants a login", fallback=True, meaning=Meaning.AUTH_NEEDED),
+    Row(_LOGIN, ("5xx", "", "app password"), _DEFERRED, _CREDENTIAL, "wants an app password", fallback=True, meaning=Meaning.APP_PASSWORD),
+    Row(_LOGGED, ("5xx", "", "login is off"), _DEFERRED, _CREDENTIAL, "such logins are off", fallback=True, meaning=Meaning.AUTH_DISABLED),
+    Row(_ANY, ("534", "", ""), _DEFERRED, _CREDENTIAL, "it refuses this login mechanism", fallback=True, meaning=Meaning.MECHANISM),
+    Row(_ANY, ("535", "", ""), _DEFERRED, _CREDENTIAL, "the upstream refuses the credential", fallback=True, meaning=Meaning.CREDENTIAL),
+    Row(_ANY, ("538", "", ""), _DEFERRED, _CREDENTIAL, "it wants encryption for this login", fallback=True, meaning=Meaning.TLS_NEEDED),
     # -- one mailbox (RFC 3463 section 3.3), whose quota and rate are not ours ----------------------------------------------
     Row((Phase.RCPT,), ("4xx", "4.2.x", ""), _DEFERRED, _RECIPIENT, "the mailbox takes nothing now"),
     Row((Phase.RCPT,), ("5xx", "5.2.x", ""), _FAILED, _RECIPIENT, "the mailbox takes nothing"),
+    # -- one address, or what is in the message: such replies repeat words of others, as who asks there was told them -------------
+    Row((Phase.RCPT,), ("4xx", "4.1.1", ""), _DEFERRED, _RECIPIENT, "the address is not known yet"),
+    Row((Phase.RCPT,), ("5xx", "5.1.1", ""), _FAILED, _RECIPIENT, "there is no such address"),
+    Row(_NOT_RCPT, ("5xx", "5.3.4", ""), _FAILED, _MESSAGE, "the message is too large"),
+    Row(_NOT_RCPT, ("5xx", "5.6.x", ""), _FAILED, _MESSAGE, "the content is not taken"),
     # -- words that ask us to slow down -------------------------------------------------------------------------------------
-    Row(_ANY, ("4xx", "", "slow down"), _DEFERRED, _UPSTREAM, "throttled, or a quota is used up", throttled=True),
-    Row(_NOT_AUTH, ("5xx", "", "slow down"), _DEFERRED, _UPSTREAM, "throttled, or a quota is used up", throttled=True),
+    Row(_ANY, ("4xx", "", "used up"), _DEFERRED, _UPSTREAM, "a quota is used up", throttled=True, meaning=_QUOTA),
+    Row(_ANY, ("4xx", "", "slow down"), _DEFERRED, _UPSTREAM, "throttled", throttled=True, meaning=_THROTTLED),
+    Row(_NOT_AUTH, ("5xx", "", "used up"), _DEFERRED, _UPSTREAM, "a quota is used up", throttled=True, meaning=_QUOTA),
+    Row(_NOT_AUTH, ("5xx", "", "slow down"), _DEFERRED, _UPSTREAM, "throttled", throttled=True, meaning=_THROTTLED),
     # RFC 3463 section 3.5: the mail system is congested, which never is for good. Large providers say it of a used up quota.
-    Row(_TRANSACTION, ("5xx", "5.4.5", ""), _DEFERRED, _UPSTREAM, "a quota is used up", throttled=True),
+    Row(_TRANSACTION, ("5xx", "5.4.5", ""), _DEFERRED, _UPSTREAM, "a quota is used up", throttled=True, meaning=_QUOTA),
+    # Without SPF, DKIM and DMARC "the sender must authenticate" by others' rules: a login of ours is not what is missing.
+    Row(_TRANSACTION, ("4xx", "", "not proven"), _DEFERRED, _MESSAGE, "this sender is not proven"),
+    Row(_TRANSACTION, ("5xx", "", "not proven"), _FAILED, _UPSTREAM, "this sender is not proven", fallback=True, meaning=_SENDER),
     # -- the credential is at fault -----------------------------------------------------------------------------------------
-    Row(_TRANSACTION, ("4xx", "", "no relaying"), _DEFERRED, _CREDENTIAL, "not allowed to relay", fallback=True),
-    Row(_TRANSACTION, ("5xx", "", "no relaying"), _DEFERRED, _CREDENTIAL, "not allowed to relay", fallback=True),
-    Row(_NOT_RCPT, ("5xx", "", "account blocked"), _DEFERRED, _CREDENTIAL, "the account may not send", fallback=True),
-    Row((Phase.AUTH,), ("5xx", "", ""), _DEFERRED, _CREDENTIAL, "authentication refused", fallback=True),
+    Row(_TRANSACTION, ("4xx", "", "no relaying"), _DEFERRED, _CREDENTIAL, "not allowed to relay", fallback=True, meaning=_RELAYING),
+    Row(_TRANSACTION, ("5xx", "", "no relaying"), _DEFERRED, _CREDENTIAL, "not allowed to relay", fallback=True, meaning=_RELAYING),
+    Row(
+        _NOT_RCPT, ("5xx", "", "account blocked"), _DEFERRED, _CREDENTIAL, "the account is blocked", fallback=True, meaning=Meaning.ACCOUNT
+    ),
+    # RFC 4954 section 4: 504 for a mechanism it does not know; 500 to 502 from a server that does not know AUTH at all.
+    Row((Phase.AUTH,), ("50x", "", ""), _DEFERRED, _CREDENTIAL, "not a login it knows", fallback=True, meaning=Meaning.MECHANISM),
+    Row((Phase.AUTH,), ("5xx", "", ""), _DEFERRED, _CREDENTIAL, "authentication refused", fallback=True, meaning=Meaning.CREDENTIAL),
     Row((Phase.AUTH,), ("4xx", "", ""), _DEFERRED, _UPSTREAM, "authentication deferred", fallback=True),
-    Row((Phase.AUTH,), Failure.LACKING, _DEFERRED, _CREDENTIAL, "no usable login mechanism is offered", fallback=True),
+    Row(_BEFORE_FINAL, Failure.REFUSED, _DEFERRED, _CREDENTIAL, "no access token is given", fallback=True, meaning=Meaning.TOKEN),
+    Row(_BEFORE_FINAL, Failure.SLOWED, _DEFERRED, _UPSTREAM, "its token server is throttled", throttled=True, meaning=_THROTTLED),
+    Row((Phase.AUTH,), Failure.LACKING, _DEFERRED, _CREDENTIAL, "no usable login is offered", fallback=True, meaning=Meaning.MECHANISM),
     # -- the upstream is at fault -----------------------------------------------------------------------------------------
     Row(_GREETED, ("xxx", "", ""), _DEFERRED, _UPSTREAM, "the session could not be opened", fallback=True),
+    Row((Phase.MAIL,), ("503", "", ""), _DEFERRED, _UPSTREAM, "the session is out of step", fallback=True),
     Row((Phase.MAIL,), Failure.LACKING, _FAILED, _UPSTREAM, "the upstream lacks what this message needs", fallback=True),
+    Row((Phase.RCPT,), Failure.LACKING, _FAILED, _RECIPIENT, "the upstream lacks what this recipient's address needs", fallback=True),
     Row((Phase.FINAL,), Failure.TIMEOUT, _DEFERRED, _UPSTREAM, "no reply after the last octet", in_doubt=True),
     Row((Phase.FINAL,), Failure.CLOSED, _DEFERRED, _UPSTREAM, "connection lost after the last octet", in_doubt=True),
     Row((Phase.FINAL,), Failure.NONSENSE, _DEFERRED, _UPSTREAM, "no SMTP reply after the last octet", in_doubt=True),
@@ -172,10 +234,10 @@ TABLE: tuple[Row, ...] = (
     Row(_BEFORE_FINAL, Failure.UNTRUSTED, _DEFERRED, _UPSTREAM, "TLS failed", fallback=True),
     Row(_BEFORE_FINAL, Failure.LACKING, _DEFERRED, _UPSTREAM, "not offered by the upstream", fallback=True),
     # -- the sender may not use this upstream: another one may take it ---------------------------------------------------
-    Row((Phase.MAIL,), ("5xx", "5.7.x", ""), _FAILED, _UPSTREAM, "this sender is not permitted", fallback=True),
-    Row((Phase.MAIL,), ("553", "", ""), _FAILED, _UPSTREAM, "this sender is not permitted", fallback=True),
-    Row(_NOT_MAIL, ("5xx", "5.7.60", ""), _FAILED, _UPSTREAM, "may not send as this From", fallback=True),
-    Row(_TRANSACTION, ("5xx", "", "not this sender"), _FAILED, _UPSTREAM, "this sender or From is not permitted", fallback=True),
+    Row((Phase.MAIL,), ("5xx", "5.7.x", ""), _FAILED, _UPSTREAM, "this sender is not permitted", fallback=True, meaning=_SENDER),
+    Row((Phase.MAIL,), ("553", "", ""), _FAILED, _UPSTREAM, "this sender is not permitted", fallback=True, meaning=_SENDER),
+    Row(_NOT_MAIL, ("5xx", "5.7.60", ""), _FAILED, _UPSTREAM, "may not send as this From", fallback=True, meaning=_SENDER),
+    Row(_TRANSACTION, ("5xx", "", "not this sender"), _FAILED, _UPSTREAM, "this sender is not permitted", fallback=True, meaning=_SENDER),
     # -- this recipient or this message -----------------------------------------------------------------------------------
     Row((Phase.RCPT,), ("2xx", "", ""), _DEFERRED, _UPSTREAM, "taken, and the transaction went no further"),
     Row((Phase.RCPT,), ("4xx", "", ""), _DEFERRED, _RECIPIENT, "the recipient is deferred"),
@@ -189,8 +251,12 @@ TABLE: tuple[Row, ...] = (
     Row((Phase.FINAL,), Failure.UNREACHABLE, _DEFERRED, _UPSTREAM, "connection lost after the last octet", in_doubt=True),
     Row((Phase.FINAL,), Failure.UNTRUSTED, _DEFERRED, _UPSTREAM, "TLS failed after the last octet", in_doubt=True),
     Row((Phase.FINAL,), Failure.LACKING, _DEFERRED, _UPSTREAM, "not offered by the upstream", in_doubt=True),
+    Row((Phase.FINAL,), Failure.REFUSED, _DEFERRED, _UPSTREAM, "no access token is given", in_doubt=True),
+    Row((Phase.FINAL,), Failure.SLOWED, _DEFERRED, _UPSTREAM, "its token server is throttled", in_doubt=True),
 )
 
+#: What a reply repeats of a message are words of anybody's choice: throttle@example.com is no request to slow down.
+_ADDRESS = re.compile(r"<[^<>]*>|(?<![^\s<>:;,()])[^\s<>:;,()@]+@[^\s<>:;,()]+")
 
 #: The rows that a reply can meet, by phase and first digit: nearly every reply is a 2xx, which few rows are about.
 _BY_DIGIT: dict[tuple[Phase, str], tuple[Row, ...]] = {
@@ -202,31 +268,34 @@ _BY_DIGIT: dict[tuple[Phase, str], tuple[Row, ...]] = {
 }
 
 
-def outcome_of_reply(phase: Phase, reply: Reply) -> Outcome:
-    """What `reply`, given in `phase`, means for a recipient of the transaction."""
+def outcome_of_reply(phase: Phase, reply: Reply, *, own: Sequence[Row] = ()) -> Outcome:
+    """What `reply`, given in `phase`, means for a recipient of the transaction. `own`: a provider's own rows, looked at first."""
     if phase is Phase.FINAL and reply.positive:  # the row for it, without looking through the table: nearly every message ends here
         return Outcome(Status.SENT, Scope.MESSAGE, phase, reply)
-    return _outcome(row_for(phase, reply), phase, reply)
+    return _outcome(row_for(phase, reply, own=own), phase, reply)
 
 
 def outcome_of_failure(phase: Phase, failure: Failure, text: str) -> Outcome:
     """What a failure without a reply means. `text` says in plain words what happened; it becomes the outcome's reply, code 0."""
-    return _outcome(row_for(phase, failure), phase, Reply(0, "", text))
+    return _outcome(row_for(phase, failure), phase, Reply(0, "", told(text)))
 
 
-def row_for(phase: Phase, event: Reply | Failure) -> Row:
-    """The row of the table that decides."""
-    rows = TABLE if isinstance(event, Failure) else _BY_DIGIT[phase, f"{event.code:03}"[0]]
+def row_for(phase: Phase, event: Reply | Failure, *, own: Sequence[Row] = ()) -> Row:
+    """The row that decides: the first of a provider's `own`, or else of the table."""
+    if isinstance(event, Failure):
+        rows: Sequence[Row] = TABLE
+    else:
+        rows, event = (*own, *_BY_DIGIT[phase, f"{event.code:03}"[0]]), event._replace(text=_ADDRESS.sub("<>", event.text).lower())
     for row in rows:
         if phase in row.phases and _fits(row.event, event):
             return row
     raise AssertionError(f"the table of fates has no row for {phase} and {event}")  # test_outcome proves it total
 
 
-def rows_by_phase() -> Iterator[tuple[Phase, Row]]:
+def rows_by_phase(rows: Sequence[Row] = TABLE) -> Iterator[tuple[Phase, Row]]:
     """Every row once per phase it speaks for, in the order of a session: for people to read."""
     for phase in Phase:
-        for row in TABLE:
+        for row in rows:
             if phase in row.phases:
                 yield phase, row
 
@@ -235,7 +304,7 @@ def _outcome(row: Row, phase: Phase, reply: Reply) -> Outcome:
     return Outcome(row.status, row.scope, phase, reply, row.in_doubt, row.throttled, row.fallback)
 
 
-def _fits(pattern: Failure | tuple[str, str, str], event: Reply | Failure) -> bool:
+def _fits(pattern: Failure | Pattern, event: Reply | Failure) -> bool:
     if isinstance(pattern, Failure) or isinstance(event, Failure):
         return pattern is event
     code, enhanced, saying = pattern
@@ -243,7 +312,7 @@ def _fits(pattern: Failure | tuple[str, str, str], event: Reply | Failure) -> bo
         return False
     if enhanced and not _fits_enhanced(enhanced, event.enhanced):
         return False
-    return not saying or any(map(event.text.lower().__contains__, SAYINGS[saying]))
+    return not saying or any(map(event.text.__contains__, SAYINGS[saying] if isinstance(saying, str) else saying))
 
 
 def _fits_enhanced(pattern: str, enhanced: str) -> bool:

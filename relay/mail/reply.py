@@ -70,7 +70,12 @@ def parse_reply(lines: list[bytes]) -> Reply:
         texts.append(text)
     if not code:
         raise MalformedReply("no reply")
-    return Reply(code, enhanced, printable(" ".join(text for text in texts if text))[:_TEXT_LIMIT])
+    return Reply(code, enhanced, told(" ".join(text for text in texts if text)))
+
+
+def told(text: str) -> str:
+    """What a stranger has told us, made safe to repeat: printable, and no more of it than anybody reads."""
+    return printable(text)[:_TEXT_LIMIT]
 
 
 def printable(text: str | bytes) -> str:

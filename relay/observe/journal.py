@@ -147,8 +147,9 @@ class Journal:
     def recovered(self, *, route: str, upstream: str) -> None:
         self._event("info", "recovered", {"route": route, "upstream": upstream})
 
-    def throttled(self, *, upstream: str, reply: str) -> None:
-        self._event("warning", "throttled", {"upstream": upstream, "reply": reply})
+    def throttled(self, *, upstream: str, reply: str, pace: str = "", next: str = "") -> None:
+        """An upstream asks us to slow down: to `pace`, after a pause."""
+        self._event("warning", "throttled", {"upstream": upstream, "reply": reply, "pace": pace, "next": next})
 
     def auth_failed(self, *, upstream: str, user: str, reply: str) -> None:
         self._event("error", "auth-failed", {"upstream": upstream, "user": user, "reply": reply})

@@ -116,11 +116,22 @@ class Next(NamedTuple):
     held: str = ""
 
 
+class Used(NamedTuple):
+    """What an upstream was given in one slice of the window of a quota. The window has so many `seconds`; `start`: seconds since the
+    epoch."""
+
+    upstream: str
+    seconds: int
+    start: int
+    transactions: int
+    recipients: int
+
+
 class Settlement(NamedTuple):
     """The end of one claim: an outcome for every recipient it had, what is next for those deferred, and the bounce, if any.
 
     `tried`: False when the message goes elsewhere without an attempt: nothing for the delivery log but that it is held, and its last
-    reply stays.
+    reply stays. `used`: what the attempt used of the upstream's quotas, to be added to what is known.
     """
 
     claim: Claim
@@ -128,6 +139,7 @@ class Settlement(NamedTuple):
     next: Next | None = None
     bounce: Draft | None = None
     tried: bool = True
+    used: tuple[Used, ...] = ()
 
 
 class Queued(NamedTuple):
@@ -256,8 +268,22 @@ class Spool(Protocol):
         """
         ...
 
+    async def used(self) -> Sequence[Used]:
+        """What settlements have used of quotas that still matters, for each upstream the oldest first."""
+        ...
+
     async def overdue(self, limit: int) -> Sequence[Claim]:
         """Claim up to `limit` held messages whose time is up, to be given up. What is held without end is never among them."""
+        ...
+
+    async def late(self, lane: Lane, accepted_before: float, limit: int) -> Sequence[Claim]:
+        """Claim up to `limit` messages of `lane` that are due and were accepted before then, to be given up: they wait, and not for
+        an attempt."""
+        ...
+
+    async def hasten(self, lane: Lane) -> bool:
+        """Make some hundreds of what waits in a lane due now; answers whether there may be more. Beside `reschedule` because it looks at
+        nothing but the lane."""
         ...
 
     # The operator's verbs. None touches a message that is being attempted. Each works in steps, so that a long queue stops nobody:

@@ -7,6 +7,7 @@ State: the queued messages, who has claimed them, and the delivery log.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -28,9 +29,10 @@ from relay.spool.base import (
     Selection,
     Settlement,
     SpoolError,
+    Used,
 )
 from relay.spool.files import ContentFiles
-from relay.spool.records import id_of, number_of
+from relay.spool.records import id_of, matters, number_of
 
 _LEASE_SECONDS = 15 * 60
 
@@ -59,7 +61,8 @@ class MemorySpool:
         self._messages: dict[MessageId, _Message] = {}
         self._tokens = itertools.count(1)
         self._last_id = 0
-        self._retried_first = False
+        self._retried_first: set[Lane] = set()
+        self._used: Counter[tuple[str, int, int, int]] = Counter()  # upstream, seconds, start, and which of the two counts
         self.log: list[LogEntry] = []
 
     def new_id(self) -> MessageId:
@@ -91,8 +94,8 @@ class MemorySpool:
         waiting = [m for m in self._waiting() if m.draft.lane == lane and m.due <= now]
         fresh = sorted((m for m in waiting if not m.attempts), key=lambda m: m.due)
         retried = sorted((m for m in waiting if m.attempts), key=lambda m: m.due)
-        self._retried_first = not self._retried_first
-        turns = (retried, fresh) if self._retried_first else (fresh, retried)
+        turns = (retried, fresh) if lane in self._retried_first else (fresh, retried)
+        self._retried_first ^= {lane}
         chosen = [m for pair in itertools.zip_longest(*turns) for m in pair if m is not None][:limit]
         return [self._begin(message) for message in chosen]
 
@@ -106,6 +109,8 @@ class MemorySpool:
             self._check_new([settlement.bounce.id])
             self._messages[settlement.bounce.id] = _Message(settlement.bounce, settlement.bounce.due)
         self._note_settlement(message, settlement)
+        for each in settlement.used:
+            self._used.update(dict(zip(((*each[:3], which) for which in range(2)), each[3:], strict=True)))
         waiting = tuple(r for r in claim.envelope.recipients if outcomes[r.address].status is Status.DEFERRED)
         if waiting:
             self._continue(message, settlement, waiting)
@@ -130,10 +135,27 @@ class MemorySpool:
             due[message.draft.lane] = min(message.due, due.get(message.draft.lane, message.due))
         return due
 
+    async def used(self) -> Sequence[Used]:
+        known = sorted({key[:3] for key in self._used})
+        counted = (Used(*key, self._used[*key, 0], self._used[*key, 1]) for key in known)
+        return [each for each in counted if matters(each, self._clock.now())]
+
     async def overdue(self, limit: int) -> Sequence[Claim]:
         now = self._clock.now()
         late = [m for m in self._messages.values() if m.held and m.token is None and m.due <= now]
         return [self._begin(message, ending=True) for message in sorted(late, key=lambda m: m.due)[:limit]]
+
+    async def late(self, lane: Lane, accepted_before: float, limit: int) -> Sequence[Claim]:
+        now = self._clock.now()
+        waiting = [m for m in self._waiting() if m.draft.lane == lane and m.due <= now and m.draft.created <= accepted_before]
+        return [self._begin(message, ending=True) for message in sorted(waiting, key=lambda m: m.draft.id)[:limit]]
+
+    async def hasten(self, lane: Lane) -> bool:
+        now = self._clock.now()
+        later = [m for m in self._waiting() if m.draft.lane == lane and m.due > now]
+        for message in later:
+            message.due = now
+        return bool(later)
 
     async def hold(self, selection: Selection, reason: str) -> Sequence[MessageId]:
         chosen = [m for m in self._chosen(selection) if not m.held or m.due < inf]

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 
 from relay.mail.envelope import NO_SUMMARY, Envelope, Origin, Recipient, Summary
-from relay.spool.base import Content, MessageId, Settlement
+from relay.spool.base import Content, MessageId, Settlement, Used
 
 _quote = json.encoder.encode_basestring
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -130,6 +130,11 @@ def pack_summary(summary: Summary) -> str:
 
 def unpack_summary(text: str) -> Summary:
     return Summary(*json.loads(text)) if text else NO_SUMMARY
+
+
+def matters(used: Used, now: float) -> bool:
+    """Whether a quota may still count it: one window long, and what exceeded the quota for another."""
+    return used.start + 2 * used.seconds > now
 
 
 def continuation(settlement: Settlement, waiting: list[Recipient]) -> tuple[object, ...]:

@@ -32,6 +32,7 @@ from relay.spool.base import (
     Settlement,
     SpoolDamaged,
     SpoolError,
+    Used,
 )
 from relay.spool.commit import GroupCommit, Operation
 from relay.spool.files import ContentFiles, DirectoryLock
@@ -52,6 +53,7 @@ from relay.spool.sqlite_verbs import Page, Step, Verbs
 #: Checkpoint when about so much has been logged, or when idle. The longer the log, the fewer pages are written twice.
 _CHECKPOINT_BYTES = 64 * 1024 * 1024
 _LOG_ROWS_A_SWEEP = 10_000  # more than fit into the log between two checkpoints, so that it shrinks under load too
+_FORGET_USED_SECONDS = 3600.0  # it looks at every row, some dozen for each upstream with a quota
 _FREE_PAGES = 4096
 _DAMAGES_LIMIT = 1000  # what one operation goes around; a damaged page has some dozen messages
 _CHECKPOINT = "checkpoint"  # to `Room`
@@ -75,6 +77,7 @@ class SqliteSpool:
         self._quarantined = quarantined
         self._keep_log_seconds = keep_log_seconds
         self._last_id = 0
+        self._forgets_used_at = 0.0
         self._room = Room(directory, clock, max_size_bytes=max_size_bytes, min_free_bytes=min_free_bytes)
         try:
             self._files = ContentFiles(directory, self._room)
@@ -173,9 +176,21 @@ class SqliteSpool:
         await self._keep_step()
         return self._note(await self._ask(self._claims.claim, (lane, limit, self._clock.now())))
 
+    async def used(self) -> Sequence[Used]:
+        found: Sequence[Used] = await self._ask(self._rows.used, self._clock.now())
+        return found
+
     async def overdue(self, limit: int) -> Sequence[Claim]:
         await self._keep_step()
         return self._note(await self._ask(self._claims.overdue, (limit, self._clock.now())))
+
+    async def late(self, lane: Lane, accepted_before: float, limit: int) -> Sequence[Claim]:
+        return self._note(await self._ask(self._claims.late, (lane, accepted_before, limit, self._clock.now())))
+
+    async def hasten(self, lane: Lane) -> bool:
+        found: int = await self._ask(self._claims.hasten, (lane, self._clock.now()))
+        self._note(())
+        return found > 0
 
     def _note(self, claimed: Sequence[tuple[Claim, Lease]]) -> list[Claim]:
         """Remember the leases of claims, and tell of what could not be claimed."""
@@ -210,7 +225,7 @@ class SqliteSpool:
         waiting = [r for r in recipients if outcomes[r.address].status is Status.DEFERRED]
         values = continuation(settlement, waiting) if waiting else None
         now, then = self._clock.now(), settlement.next
-        ending = Ending(number, lease, rows, log_rows(settlement, number, now), values)
+        ending = Ending(number, lease, rows, log_rows(settlement, number, now), values, settlement.used)
         # What goes on at once, to a fallback or as a bounce, does not wait for company.
         store = self._commits.submit if bounce is not None or (then is not None and then.when <= now) else self._commits.ride
         try:
@@ -335,6 +350,9 @@ class SqliteSpool:
         try:
             self._checkpoint()
             self._database.execute(sql.FORGET_LOG, (self._clock.now() - self._keep_log_seconds, _LOG_ROWS_A_SWEEP))
+            if self._clock.now() >= self._forgets_used_at:
+                self._forgets_used_at = self._clock.now() + _FORGET_USED_SECONDS
+                self._database.execute(sql.FORGET_USED, (self._clock.now(),))
             if self._database.pragma("freelist_count") > _FREE_PAGES:
                 self._database.execute(f"PRAGMA incremental_vacuum({_FREE_PAGES // 4})").fetchall()
         except apsw.CorruptError:  # a page of the delivery log, which then grows: mail can be taken and sent all the same

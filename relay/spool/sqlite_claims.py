@@ -30,6 +30,7 @@ _READ_AGAIN_SECONDS = 5 * 60
 _FOREVER = float("inf")
 _UNKNOWN = Lane("", "")
 _PAGE_ROWS = 500
+_LOOK_ROWS = 200
 
 
 class Place(NamedTuple):
@@ -65,7 +66,7 @@ class Claims:
         self._clock = clock
         self._backoff = backoff
         self._path = path
-        self._retried_first = False
+        self._retried_first: set[Lane] = set()
         self._broken_index = False
         self._mended = False
         self._misnamed = False
@@ -101,6 +102,27 @@ class Claims:
         """Held messages whose time was up at this time, so many, for ending them."""
         return [self._take_some(self._find(sql.OVERDUE, (now, limit + len(self._unreadable)))[:limit], now) for limit, now in arguments]
 
+    def late(self, arguments: list[tuple[Lane, float, int, float]]) -> list[list[tuple[Claim, Lease]]]:
+        """Due messages of a lane that were accepted before this time, so many, now, for ending them."""
+        return [
+            self._take_some(self._find(sql.LATE, (*lane, now, before, limit + len(self._unreadable)))[:limit], now)
+            for lane, before, limit, now in arguments
+        ]
+
+    def hasten(self, arguments: list[tuple[Lane, float]]) -> list[int]:
+        """Make one page of what waits in a lane due at this time; answers how much that was."""
+        return [sum(self._hasten_some(lane, kind, now) for kind in (0, 1)) for lane, now in arguments]
+
+    def _hasten_some(self, lane: Lane, kind: int, now: float) -> int:
+        numbers = self._find(sql.LATER, (*lane, kind, now, _PAGE_ROWS + len(self._unreadable)))[:_PAGE_ROWS]
+        for number in numbers:
+            try:
+                self._database.execute(sql.RESCHEDULE, (now, number))
+            except apsw.CorruptError as error:
+                self._lose(number, lane, sql.LOST)
+                raise Again from error
+        return len(numbers)
+
     def take(self, number: int, now: float) -> tuple[Claim, Lease] | None:
         """Claim one message for ending it; None where it cannot be read."""
         return self._begin(number, now, _UNKNOWN, ending=True)
@@ -119,9 +141,26 @@ class Claims:
             self._misnamed = False
             self._put_misnamed_aside()
         self._unreadable = {number: until for number, until in self._unreadable.items() if until > now}
-        rows = self._rows(sql.NEXT_DUE_BUT, (json.dumps(list(self._unreadable)),)) if self._unreadable else self._rows(sql.NEXT_DUE, ())
-        due = {Lane(upstream, route): due for upstream, route, due in rows}
+        if self._unreadable:
+            rows = self._rows(sql.NEXT_DUE_BUT, (json.dumps(list(self._unreadable)),))
+            due = {Lane(upstream, route): due for upstream, route, due in rows}
+        else:
+            due = self._lanes_due()
         return [due] * len(arguments)
+
+    def _lanes_due(self) -> dict[Lane, float]:
+        """The lanes and their first times from the beginning of each lane alone: one may be a hundred thousand messages deep."""
+        due: dict[Lane, float] = {}
+        lane, full = _UNKNOWN, True
+        while full:
+            rows = self._rows(sql.FURTHER_ROUTES, (*lane, _LOOK_ROWS))
+            rows += self._rows(sql.FURTHER_UPSTREAMS, (lane.upstream, _LOOK_ROWS - len(rows)))
+            for upstream, route, when in rows:
+                lane = Lane(upstream, route)
+                due[lane] = min(when, due.get(lane, when))
+            if full := len(rows) == _LOOK_ROWS:  # there may be more of the last one, and behind it those that were tried
+                due[lane] = min([due[lane], *(when for (when,) in self._rows(sql.FIRST_RETRIED, lane))])
+        return due
 
     def step(self, arguments: list[tuple[float, float]]) -> list[None]:
         """Wall time was set by so many seconds, and is now this."""
@@ -158,8 +197,8 @@ class Claims:
     def _claimable(self, lane: Lane, limit: int, now: float) -> list[int]:
         fresh = self._find(sql.CLAIMABLE, (*lane, 0, now, limit + len(self._unreadable)))
         retried = self._find(sql.CLAIMABLE, (*lane, 1, now, limit + len(self._unreadable)))
-        self._retried_first = not self._retried_first
-        first, second = (retried, fresh) if self._retried_first else (fresh, retried)
+        first, second = (retried, fresh) if lane in self._retried_first else (fresh, retried)
+        self._retried_first ^= {lane}
         return [number for pair in itertools.zip_longest(first, second) for number in pair if number is not None][:limit]
 
     def _take_some(self, numbers: Sequence[int], now: float) -> list[tuple[Claim, Lease]]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import apsw
 
 from relay.spool import sqlite_schema as sql
-from relay.spool.base import LeaseLost
+from relay.spool.base import LeaseLost, Used
 from relay.spool.records import id_of
 from relay.spool.sqlite_claims import Again, Claims, Lease, Place
 
@@ -24,7 +24,7 @@ Puts = tuple[list[tuple[object, ...]], list[tuple[int, bytes]]]
 
 
 class Ending(NamedTuple):
-    """What is needed to settle one claim: the bounce's rows and those of the delivery log.
+    """What is needed to settle one claim: the bounce's rows, those of the delivery log, and what was used of quotas.
 
     `values`: what changes in a message that goes back to a lane; None for one that has nobody left to serve.
     """
@@ -34,6 +34,7 @@ class Ending(NamedTuple):
     bounce: Puts
     log: list[tuple[object, ...]]
     values: tuple[object, ...] | None
+    used: tuple[Used, ...] = ()
 
 
 class Rows:
@@ -43,6 +44,7 @@ class Rows:
         self._database = database
         self._claims = claims
         self.logged_bytes = 0
+        self._used_damaged = False
 
     def put(self, arguments: list[Puts]) -> list[None]:
         blobs = [blob for _, blobs in arguments for blob in blobs]
@@ -86,6 +88,14 @@ class Rows:
         self._conclude(endings)
         return [[] for _ in endings]
 
+    def used(self, nows: list[float]) -> list[list[Used]]:
+        """What quotas still count, at this time; nothing where damage keeps it from being read."""
+        try:
+            return [[] if self._used_damaged else [Used(*row) for row in self._database.execute(sql.USED, (now,))] for now in nows]
+        except apsw.CorruptError as error:
+            self._used_damaged = True
+            raise Again from error
+
     def forget(self, places: Iterable[Place]) -> list[list[int]]:
         """Remove content that no message has any more. Answers, for each, the files that can go once this is committed."""
         files: list[list[int]] = []
@@ -106,7 +116,21 @@ class Rows:
         """What every settle does beside: its bounce and its lines in the delivery log."""
         self.put([ending.bounce for ending in endings])
         self._insert(sql.put_log, [row for ending in endings for row in ending.log])
+        if (used := [each for ending in endings for each in ending.used]) and not self._used_damaged:
+            self._use(used)
         self.logged(len(endings))
+
+    def _use(self, used: Iterable[Used]) -> None:
+        """Add to what is known of quotas; that it is damaged must not keep mail from its end."""
+        counts: dict[tuple[str, int, int], tuple[int, int]] = {}
+        for upstream, seconds, start, transactions, recipients in used:
+            before = counts.get((upstream, seconds, start), (0, 0))
+            counts[upstream, seconds, start] = before[0] + transactions, before[1] + recipients
+        try:
+            self._database.executemany(sql.USE, [(*key, *count) for key, count in counts.items()])
+        except apsw.CorruptError as error:
+            self._used_damaged = True
+            raise Again from error
 
     def _insert(self, statement: Callable[[int], str], rows: Sequence[tuple[object, ...]]) -> None:
         """Insert rows, as many as one statement takes at a time."""

@@ -15,13 +15,23 @@ from relay.spool.files import sync_directory
 from relay.spool.records import number_of
 
 DATABASE = "spool.db"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _PAGE_BYTES = 4096
 _CACHE_KIB = 8192
 
 # `due` of a claimed message is when it is tried again should this process die; of a held one, when it is given up, or infinity. The
 # indexes hold waiting and held mail only, so that the common message, which is put already claimed, never touches them.
-SCHEMA = """
+_USED = """
+CREATE TABLE used (             -- what upstreams were given, by slices of their quotas' windows
+    upstream TEXT NOT NULL,
+    seconds INTEGER NOT NULL,   -- of the window
+    start INTEGER NOT NULL,     -- of the slice: seconds since the epoch
+    transactions INTEGER NOT NULL,
+    recipients INTEGER NOT NULL,
+    PRIMARY KEY (upstream, seconds, start)
+) WITHOUT ROWID;
+"""
+SCHEMA = f"""{_USED}
 CREATE TABLE message (
     id INTEGER PRIMARY KEY,
     content INTEGER NOT NULL,   -- id of the content, shared by the parts of a split message
@@ -80,6 +90,11 @@ ALTER TABLE log ADD COLUMN report INTEGER;
 UPDATE message SET due = CASE held WHEN :missing THEN 9e999 ELSE max(created + 4 * 86400, :now + 86400) END WHERE held != '';
 """
 
+USE = """INSERT INTO used VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE
+    SET transactions = transactions + excluded.transactions, recipients = recipients + excluded.recipients"""
+USED = "SELECT upstream, seconds, start, transactions, recipients FROM used WHERE start + 2 * seconds > ? ORDER BY upstream, seconds, start"
+FORGET_USED = "DELETE FROM used WHERE start + 2 * seconds <= ?"
+
 SHARING = "SELECT 1 FROM message WHERE content = ? AND shared = 1"
 #: Statements for many rows take at most this many; each number of rows is a statement of its own in the driver's cache.
 ROWS_A_STATEMENT = 32
@@ -120,6 +135,10 @@ CONTINUE = """UPDATE message SET token = NULL, upstream = ?, route = ?, due = ?,
     doubt = 0, reply = ifnull(?, reply) WHERE id = ? AND token = ?"""
 CLAIMABLE = """SELECT id FROM message
     WHERE upstream = ? AND route = ? AND (attempts > 0) = ? AND due <= ? AND token IS NULL AND held = '' ORDER BY due LIMIT ?"""
+LATE = """SELECT id FROM message
+    WHERE upstream = ? AND route = ? AND due <= ? AND token IS NULL AND held = '' AND created <= ? ORDER BY id LIMIT ?"""
+LATER = """SELECT id FROM message
+    WHERE upstream = ? AND route = ? AND (attempts > 0) = ? AND due > ? AND token IS NULL AND held = '' LIMIT ?"""
 OVERDUE = "SELECT id FROM message WHERE held != '' AND token IS NULL AND due <= ? ORDER BY due LIMIT ?"
 MESSAGE = """SELECT upstream, route, content, filed, shared, attempts, doubt, created, sender, recipients, facts, prefix, size, held
     FROM message WHERE id = ? AND token IS NULL"""
@@ -128,7 +147,13 @@ TAKE = "UPDATE message SET token = ? WHERE id = ?"
 QUARANTINE = "UPDATE message SET held = ?, due = 9e999 WHERE id = ? AND token IS NULL"
 LEAVE = "UPDATE message SET token = NULL, held = ?, due = 9e999 WHERE id = ?"
 EXPIRE = "UPDATE message SET token = NULL, doubt = doubt OR token > 0 WHERE id = ? AND token = ?"
-NEXT_DUE = "SELECT upstream, route, min(due) FROM message WHERE token IS NULL AND held = '' GROUP BY upstream, route"
+# Not as (upstream, route) > (?, ?), for which SQLite reads all of the first lane.
+FURTHER_ROUTES = """SELECT upstream, route, due FROM message WHERE token IS NULL AND held = '' AND upstream = ? AND route > ?
+    ORDER BY upstream, route, attempts > 0, due LIMIT ?"""
+FURTHER_UPSTREAMS = """SELECT upstream, route, due FROM message WHERE token IS NULL AND held = '' AND upstream > ?
+    ORDER BY upstream, route, attempts > 0, due LIMIT ?"""
+FIRST_RETRIED = """SELECT due FROM message WHERE token IS NULL AND held = '' AND upstream = ? AND route = ? AND (attempts > 0) = 1
+    ORDER BY due LIMIT 1"""
 NEXT_DUE_BUT = """SELECT upstream, route, min(due) FROM message
     WHERE token IS NULL AND held = '' AND id NOT IN (SELECT value FROM json_each(?)) GROUP BY upstream, route"""
 NAMES = "SELECT id, CAST(upstream AS BLOB), CAST(route AS BLOB) FROM message NOT INDEXED WHERE token IS NULL AND held = ''"
@@ -202,9 +227,11 @@ def open_database(path: Path, *, now: float) -> apsw.Connection:
             database.execute(";".join((SCHEMA, *_INDEXES.values())))
             database.pragma("user_version", SCHEMA_VERSION)
         sync_directory(path.parent)
-    elif version == 1:
+    elif version < SCHEMA_VERSION:
         with database:
-            database.execute(_FROM_1 + _INDEXES["held"], {"missing": MISSING, "now": now})
+            if version == 1:
+                database.execute(_FROM_1 + _INDEXES["held"], {"missing": MISSING, "now": now})
+            database.execute(_USED)
             database.pragma("user_version", SCHEMA_VERSION)
     elif version > SCHEMA_VERSION:
         raise SpoolError(f"{path} was written by a newer relay (schema {version}, this one knows {SCHEMA_VERSION})")

@@ -24,8 +24,8 @@ _PAGE_ROWS = 500
 _BUSY_MILLISECONDS = 5000
 _ADVICE = "; run this as the user that relay runs as"
 
-#: Schemas that can be read. The first had no `report` in its log.
-_READABLE = (1, SCHEMA_VERSION)
+#: Schemas that can be read. The first had no `report` in its log, the second no table of what quotas have used.
+_READABLE = (1, 2, SCHEMA_VERSION)
 
 #: The states of a queued message, and what the delivery log says of one.
 STATES = ("due", "active", "deferred", "held")
@@ -72,7 +72,7 @@ class SqliteView:
             version = self._database.pragma("user_version")
         except apsw.Error as error:
             raise _unreadable(directory, error) from error
-        self._report = "report" if version == SCHEMA_VERSION else "NULL"
+        self._report = "report" if version > 1 else "NULL"
         if version not in _READABLE:
             self._database.close()
             newer = f"was written by another version of relay (schema {version}, this one knows {SCHEMA_VERSION})"

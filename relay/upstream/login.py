@@ -1,44 +1,25 @@
 """Who may log in, and with which secret: one login at a time until this secret has once succeeded.
 
 A wrong password costs one refused login and not one for every slot: providers lock accounts for less. Those who wait for their turn
-share the fate of the one who was refused. After a refusal the secret is read again from its source; a changed one is used at once,
-and the file of an unchanged one is looked at from time to time.
+share the fate of the one who was refused. After a refusal the secret is read again from its source, and a changed one is used at once;
+`watch` finds the others.
 
 State, for each upstream: its settings with the secret as last read, whether that has succeeded, and the last failure. Laws: nobody
 logs in with a secret that was refused while he waited; a secret is compared and handed on, never told.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 
-from relay.config.model import Upstream
-from relay.config.secrets import Secret
-from relay.mail.outcome import Outcome, Phase, Scope
-from relay.upstream.session import CannotOpen, Session, logs_in
-
-#: How often the file of a refused secret is looked at: whoever writes a new one tells nobody.
-_LOOK_SECONDS = 60.0
-
-#: Reading may hang, and a command may take 10 s: not on the loop, and not in the threads that read mail.
-_READERS = 4
-
-Note = Callable[[Literal["info", "warning"], str], None]
-
-
-class Readers:
-    """Threads that read secrets again, made at first use."""
-
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="secrets")
-
-    def read(self, secret: Secret) -> asyncio.Future[Secret]:
-        return asyncio.get_running_loop().run_in_executor(self._threads, secret.read_again)
-
-    def close(self) -> None:
-        """Wait for nobody: a command ends by itself within its time."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+from relay.config.secrets import Secret, Use
+from relay.config.upstreams import Upstream
+from relay.mail.outcome import Outcome, Phase, Scope, outcome_of_failure
+from relay.upstream.oauth2 import Tokens
+from relay.upstream.opening import CannotOpen
+from relay.upstream.session import Session
+from relay.upstream.token_error import TokenError
+from relay.upstream.watch import Note, Readers
 
 
 class Login:
@@ -53,7 +34,9 @@ class Login:
         changed: Callable[[str], None],
         note: Note,
         readers: Readers,
+        tokens: Tokens | None = None,
     ) -> None:
+        """`tokens`: where the login is with access tokens."""
         self.upstream = upstream
         self.looks = 0
         self._name = name
@@ -61,13 +44,13 @@ class Login:
         self._changed = changed
         self._note = note
         self._readers = readers
-        self._proven = not logs_in(upstream)
+        self._tokens = tokens
+        self._another = False
+        self._proven = not upstream.logs_in
         self._turn = asyncio.Lock()
         self._failure: Outcome | None = None
         self._failed_at = 0.0  # seconds of the loop
         self._refusals = 0
-        self._timer: asyncio.TimerHandle | None = None
-        self._closed = False
 
     async def open(self) -> Session:
         """A session that is logged in. Raises CannotOpen."""
@@ -77,30 +60,37 @@ class Login:
                 if not self._proven:
                     self._share(refusals, begun)
                     return await self._prove()
-        return await self._connect(self.upstream)
+        return await self._enter(self.upstream)
 
     async def renewed(self, used: Upstream, refusal: Outcome, *, looks: int) -> bool:
         """Whether there is another secret than the one in `used`, which was refused: its source is read again.
 
         `looks` is how often it had been read when the attempt began: what somebody else has found since holds for this one too.
         """
-        if not logs_in(used):
+        if not used.logs_in:
             return False
         if used is self.upstream:
             self._proven = False
         async with self._turn:
             if used is self.upstream and looks == self.looks:
-                if not self._take(await self._read()):
-                    if refusal.phase is Phase.AUTH:  # also for those who have come meanwhile
-                        self._fail(refusal, shared=True)
-                    self._watch()
+                if self._tokens is not None:
+                    self._another = await self._renew(self._tokens, refusal)
+                else:
+                    secret = await self._read()
+                    self._another = used is self.upstream and self._take(secret)
+                if used is self.upstream and not self._another and refusal.phase is Phase.AUTH:
+                    self._fail(refusal, shared=True)  # also for those who have come meanwhile
                 self.looks += 1
-        return used is not self.upstream
+        return used is not self.upstream or self._another
 
-    def close(self) -> None:
-        """Look at no file any more."""
-        self._closed = True
-        self._unwatch()
+    def uses(self) -> Iterator[Use]:
+        """Its secrets that can change, for those who find out."""
+        for key, secret in self.upstream.secrets.items():
+            if secret.can_change:
+                name = f"upstream {self._name}: its {'secret' if key == 'password' else key}"
+                yield Use(name, partial(self._current, key), partial(self._exchange, key))
+        if self._tokens is not None:
+            yield from self._tokens.sign_in(self._restart)
 
     def _share(self, refusals: int, begun: float) -> None:
         """Fail as another one has failed during the wait: refused or slowed down, or when the wait was as long as a connection may take."""
@@ -113,12 +103,24 @@ class Login:
     async def _prove(self) -> Session:
         used = self.upstream
         try:
-            session = await self._connect(used)
+            session = await self._enter(used)
         except CannotOpen as error:
             self._fail(error.outcome, shared=error.outcome.scope is Scope.CREDENTIAL or error.outcome.throttled)
             raise
         if used is self.upstream:
             self._proven = True
+        return session
+
+    async def _enter(self, used: Upstream) -> Session:
+        """A session with the password, or with an access token in its place. Raises CannotOpen."""
+        if self._tokens is None:
+            return await self._connect(used)
+        try:
+            token = await self._tokens.get()
+        except TokenError as error:
+            raise CannotOpen(outcome_of_failure(Phase.AUTH, error.failure, str(error)), error.failure) from None
+        session = await self._connect(used.with_secret("password", token))
+        session.upstream = used  # it is good for as long as the settings are, whatever becomes of the token
         return session
 
     def _fail(self, outcome: Outcome, *, shared: bool) -> None:
@@ -131,7 +133,7 @@ class Login:
         """The secret as it is now; None when it cannot be had, and then the old one stays."""
         assert self.upstream.password is not None, "only a secret is refused"
         try:
-            return await self._readers.read(self.upstream.password)
+            return await self._readers.read(self._name, self.upstream.password.read_again)
         except ValueError as error:
             self._note("warning", f"upstream {self._name}: its secret cannot be read again: {error}")
             return None
@@ -140,31 +142,42 @@ class Login:
         """Use another secret from now on; answers whether it is another one."""
         if secret is None or secret == self.upstream.password:
             return False
-        self.upstream = self.upstream.model_copy(update={"password": secret})
-        self._proven = False
-        self._unwatch()
+        self._change("password", secret)
         self._note("info", f"upstream {self._name}: its secret has changed ({secret.source})")
-        self._changed(self._name)
         return True
 
-    def _watch(self) -> None:
-        """Look at the file of a refused secret until it is another one or is taken after all."""
-        assert self.upstream.password is not None, "only a secret is refused"
-        if self.upstream.password.is_in_file:
-            self._unwatch()
-            self._timer = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._look)
+    async def _renew(self, tokens: Tokens, refusal: Outcome) -> bool:
+        """Whether there is something else to try: a new token where the upstream has refused one, or what the token server may take."""
+        if refusal.reply.code:
+            return refusal.phase in (Phase.AUTH, Phase.MAIL) and await tokens.renew()
+        try:
+            found = await self._readers.read(self._name, tokens.read)
+        except (ValueError, OSError) as error:
+            self._note("warning", f"upstream {self._name}: what its tokens are asked for with cannot be read again: {error}")
+            return False
+        if not tokens.take(found):
+            return False
+        self.upstream = self.upstream.model_copy(update={"oauth2": found.oauth2})
+        self._note("info", f"upstream {self._name}: what its tokens are asked for with has changed")
+        self._restart()
+        return True
 
-    def _unwatch(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+    def _current(self, key: str) -> Secret:
+        return self.upstream.secrets[key]
 
-    def _look(self) -> None:
-        assert self.upstream.password is not None, "only a secret is watched"
-        self._readers.read(self.upstream.password).add_done_callback(self._looked)
+    def _exchange(self, key: str, old: Secret, new: Secret) -> bool:
+        if self._current(key) is not old:
+            return False
+        self._change(key, new)
+        return True
 
-    def _looked(self, reading: asyncio.Future[Secret]) -> None:
-        if reading.cancelled() or self._closed or self._proven:
-            return
-        unreadable = isinstance(reading.exception(), ValueError)  # gone for the moment, or half written
-        if unreadable or not self._take(reading.result()):
-            self._watch()
+    def _change(self, key: str, secret: Secret) -> None:
+        self.upstream = self.upstream.with_secret(key, secret)
+        if self._tokens is not None and self.upstream.oauth2 is not None:
+            self._tokens.use(self.upstream.oauth2)
+        self._restart()
+
+    def _restart(self) -> None:
+        """Nothing is known of what is now logged in with."""
+        self._proven = not self.upstream.logs_in
+        self._changed(self._name)

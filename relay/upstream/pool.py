@@ -4,26 +4,49 @@ Sessions are shared by nobody but the messages of one upstream: two tenants on t
 at once is the scheduler's business, who may log in is `login`'s; the pool keeps what it is given back and closes what has been idle
 for too long or was opened with a secret that has changed.
 
-State: the idle sessions by upstream name, newest last, and those that have been let go and whose connection is not closed yet.
+State: the idle sessions by upstream name, newest last; who waits for one of those in use; how long they may be idle and how many
+recipients a message may have, where an upstream has taught it; and the sessions that have been let go and whose connection is not
+closed yet.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from relay.clock import Clock
-from relay.config.model import Upstream
+from relay.config.providers import PROVIDERS
+from relay.config.secrets import Use
+from relay.config.upstreams import Upstream
 from relay.mail.outcome import Outcome, Phase, Scope, Status
 from relay.upstream.dial import Names
-from relay.upstream.login import Login, Note, Readers
-from relay.upstream.session import CannotOpen, Session, logs_in, open_session
+from relay.upstream.expiry import Expiries, Validity
+from relay.upstream.hosts import Hosts
+from relay.upstream.login import Login
+from relay.upstream.oauth2 import Tokens
+from relay.upstream.opening import CannotOpen, open_session
+from relay.upstream.rides import Rides
+from relay.upstream.session import Session
 from relay.upstream.tls import Contexts
+from relay.upstream.token_store import TokenStore
+from relay.upstream.token_threads import TokenThreads
 from relay.upstream.transaction import Outgoing, Stale
+from relay.upstream.watch import Note, Readers
 
-#: Shorter than any large provider's own patience with an idle client, so that we are the one who says QUIT.
+#: Shorter than the patience of any server with an idle client, so that we are the one who says QUIT: where nothing is known of it,
+#: where it is a provider's, and where it has closed a session itself. Such a session is not kept longer than a minute, as it may
+#: count against a limit of connections.
 IDLE_SECONDS = 20.0
-_SWEEP_SECONDS = 5.0
+_SHARE = 2 / 3
+_IDLE_LIMIT_SECONDS = 60.0
+_LEARNT_SECONDS = 3600.0  # it may have been a restart
+_NOT_FOR_IDLENESS_SECONDS = 1.0  # who closes sooner has another reason
+
+_SWEEP_SECONDS = 1.0
 _LEAVE_SECONDS = 1.0  # at the end of the program, for the answer to QUIT
+_TOKENS_SECONDS = 5.0  # and for a token server's, which may have to be stored
 
 
 def _silent(level: str, what: str) -> None:
@@ -39,18 +62,37 @@ class _Idle:
 class Pool:
     """Sends messages to upstreams over sessions that it keeps open. `secret_changed` is told the upstream's name."""
 
-    def __init__(self, upstreams: Mapping[str, Upstream], *, hostname: str, clock: Clock, note: Note = _silent) -> None:
+    def __init__(
+        self, upstreams: Mapping[str, Upstream], *, hostname: str, clock: Clock, note: Note = _silent, store: TokenStore | None = None
+    ) -> None:
+        """`store`: the refresh tokens, where an upstream has `oauth2`."""
         self.secret_changed: Callable[[str], None] | None = None
         self._hostname = hostname
         self._clock = clock
-        self._contexts = Contexts()
+        self._contexts = Contexts(clock=clock, note=note)
         self._names = Names()
+        self._hosts = Hosts(clock, note)
+        self._expiries = Expiries(clock, note)
         self._readers = Readers()
-        self._logins = {
-            name: Login(name, upstream, connect=self._connect, changed=self._change, note=note, readers=self._readers)
+        threads = TokenThreads()
+        self._tokens = {
+            name: Tokens(name, upstream, store=store, threads=threads, clock=clock, note=note)
             for name, upstream in upstreams.items()
+            if upstream.by_token and store is not None
         }
+        self._logins = {
+            name: Login(
+                name, upstream, connect=partial(self._connect, name), changed=self._change, note=note, readers=self._readers,
+                tokens=self._tokens.get(name),
+            )
+            for name, upstream in upstreams.items()
+        }  # fmt: skip
         self._idle: dict[str, list[_Idle]] = {}
+        self._learnt: dict[str, tuple[float, float]] = {}
+        self._recipients: dict[str, int] = {}
+        self._rides: dict[str, Rides] = {}
+        self._rideable: dict[str, bool] = {}
+        self._opened: dict[str, float] = {}
         self._leaving: set[Session] = set()
         self._sweeper: asyncio.TimerHandle | None = None
         self._closed = False
@@ -63,38 +105,96 @@ class Pool:
         first = outcomes[0]
         if first.scope is not Scope.CREDENTIAL or first.in_doubt or not all(each.scope is Scope.CREDENTIAL for each in outcomes):
             return outcomes
-        if logs_in(used) and first.phase is not Phase.RCPT:  # there it may be the recipient that is odd
+        if used.logs_in and first.phase is not Phase.RCPT:  # there it may be the recipient that is odd
             self._leave(name)
         return await self._send(name, message) if await login.renewed(used, first, looks=looks) else outcomes
 
+    async def probe(self, name: str) -> Outcome | None:
+        """Open a session without mail and end it: None where that works, else why not. A refused secret is read again, as for mail."""
+        login = self._logins[name]
+        used, looks = login.upstream, login.looks
+        outcome = await self._probe(name)
+        if outcome is None or outcome.scope is not Scope.CREDENTIAL or not used.logs_in:
+            return outcome
+        self._leave(name)
+        return await self._probe(name) if await login.renewed(used, outcome, looks=looks) else outcome
+
+    async def _probe(self, name: str) -> Outcome | None:
+        try:
+            self._dismiss(await self._logins[name].open())
+        except CannotOpen as error:
+            return error.outcome
+        return None
+
+    def settings(self, name: str) -> Upstream:
+        """The settings in use, with the secret as it was last read."""
+        return self._logins[name].upstream
+
+    def opened_at(self, name: str) -> float | None:
+        """When a session was last opened, login and all (monotonic)."""
+        return self._opened.get(name)
+
     async def _send(self, name: str, message: Outgoing) -> list[Outcome]:
-        """Over an idle session, or a new one where there is none or it has gone stale."""
-        session = self._take(name)
+        """Over an idle session, a new one, or behind another message where no more may be opened; a new one where it has gone stale."""
+        rides = self._rides_of(name)
+        boarded = rides.board()
+        try:
+            session = self._take(name) if boarded else await rides.wait()
+        except CannotOpen as error:
+            return [error.outcome] * len(message.recipients)
         in_doubt = False
         try:
             if session is not None:
                 try:
-                    return await session.send(message)
+                    return await (session.send(message) if boarded else session.ride(message))
                 except Stale as stale:
                     self._dismiss(session)
                     in_doubt = stale.in_doubt
+            session = None
             session = await self._logins[name].open()
             outcomes = await session.send(message)
             return list(map(_doubted, outcomes)) if in_doubt else outcomes
         except CannotOpen as error:
-            session = None
+            if error.outcome.scope is Scope.CREDENTIAL or error.outcome.throttled:
+                rides.refuse(error)
             return [_doubted(error.outcome) if in_doubt else error.outcome] * len(message.recipients)
         finally:
-            if session is not None:
+            if session is None or not (session.rider or session.busy):  # else it is the rider's now, or still of the one before
                 self._give_back(name, session)
+
+    def rides(self, name: str) -> bool:
+        """Whether more messages than there are connections are of use to this upstream: the next ones ride behind those under way."""
+        return self._rideable.get(name, False)
+
+    def _rides_of(self, name: str) -> Rides:
+        if (rides := self._rides.get(name)) is None:
+            rides = self._rides[name] = Rides(self._logins[name].upstream.limits.connections)
+        return rides
+
+    def _offer(self, name: str, session: Session) -> None:
+        """A session can take a rider, unless it has been given up."""
+        if session.upstream is self._logins[name].upstream and not self._closed:
+            self._rides[name].offer(session)
+
+    def uses(self) -> Iterator[Use]:
+        """The secrets of the upstreams that can change."""
+        return itertools.chain.from_iterable(login.uses() for login in self._logins.values())
+
+    def recipients_limit(self, name: str) -> int:
+        """How many recipients the upstream says that it takes at once (RFC 9422); 0 where it does not, or nobody has asked yet."""
+        return self._recipients.get(name, 0)
+
+    def certificates(self, name: str) -> dict[str, Validity]:
+        """How long the certificates of the upstream's hosts are good, as they were last seen."""
+        upstream = self._logins[name].upstream
+        found = ((host, self._expiries.of(host, upstream.port)) for host in upstream.host)
+        return {host: validity for host, validity in found if validity is not None}
 
     async def close(self) -> None:
         """Say QUIT everywhere and wait a moment for the answers."""
         self._closed = True
         if self._sweeper is not None:
             self._sweeper.cancel()
-        for login in self._logins.values():
-            login.close()
         self._readers.close()
         for name in list(self._idle):
             self._leave(name)
@@ -104,19 +204,37 @@ class Pool:
             session.cut()
         if self._leaving:
             await asyncio.wait([session.ended for session in self._leaving], timeout=_LEAVE_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_TOKENS_SECONDS):
+                for tokens in self._tokens.values():
+                    await tokens.settled()
 
-    async def _connect(self, upstream: Upstream) -> Session:
+    async def _connect(self, name: str, upstream: Upstream) -> Session:
         """A session to the first host that takes us. A refused credential is not tried on the next host. Raises CannotOpen."""
-        for host in upstream.host[:-1]:
+        if len(upstream.host) == 1:
+            return await self._open(name, upstream, upstream.host[0])
+        *others, last = self._hosts.order(name, upstream.host)
+        for host in others:
             try:
-                return await self._open(upstream, host)
+                return await self._open(name, upstream, host)
             except CannotOpen as error:
                 if error.outcome.scope is Scope.CREDENTIAL or error.outcome.throttled or error.outcome.phase is Phase.AUTH:
                     raise
-        return await self._open(upstream, upstream.host[-1])
+                self._hosts.failed(name, host, str(error))
+        return await self._open(name, upstream, last)
 
-    async def _open(self, upstream: Upstream, host: str) -> Session:
-        return await open_session(upstream, host, ehlo=upstream.ehlo or self._hostname, contexts=self._contexts, names=self._names)
+    async def _open(self, name: str, upstream: Upstream, host: str) -> Session:
+        ehlo = upstream.ehlo or self._hostname
+        session = await open_session(upstream, host, ehlo=ehlo, contexts=self._contexts, names=self._names)
+        self._hosts.answered(name, host)
+        self._opened[name] = self._clock.monotonic()
+        self._recipients[name] = session.recipients_limit
+        self._rideable[name] = session.rideable
+        session.handed_over = partial(self._offer, name)
+        if session.validity is not None:
+            self._expiries.saw(name, host, upstream.port, session.validity)
+        session.ended.add_done_callback(partial(self._ended, name, session))
+        return session
 
     def _take(self, name: str) -> Session | None:
         sessions = self._idle.get(name)
@@ -127,9 +245,12 @@ class Pool:
             self._dismiss(session)
         return None
 
-    def _give_back(self, name: str, session: Session) -> None:
-        if self._closed or not session.usable or session.upstream is not self._logins[name].upstream:
+    def _give_back(self, name: str, session: Session | None) -> None:
+        """Give up the right to a connection, and keep the session for the next message if it is of use."""
+        if session is not None and (self._closed or not session.usable or session.upstream is not self._logins[name].upstream):
             self._dismiss(session)
+            session = None
+        if self._rides[name].leave(session) or session is None:
             return
         self._idle.setdefault(name, []).append(_Idle(session, self._clock.monotonic()))
         if self._sweeper is None:
@@ -140,6 +261,23 @@ class Pool:
         self._leave(name)
         if self.secret_changed is not None:
             self.secret_changed(name)
+
+    def _ended(self, name: str, session: Session, _: object) -> None:
+        """A connection is closed. When it was idle the other side has closed it, and sooner than we expected."""
+        for idle in self._idle.get(name, ()):
+            if idle.session is session:
+                self._idle[name].remove(idle)
+                now = self._clock.monotonic()
+                if now - idle.since >= _NOT_FOR_IDLENESS_SECONDS:
+                    self._learnt[name] = _SHARE * (now - idle.since), now + _LEARNT_SECONDS
+                return
+
+    def _patience_seconds(self, name: str) -> float:
+        """How long a session may be idle."""
+        provider = self._logins[name].upstream.provider
+        usual = min(_SHARE * PROVIDERS[provider].idle_seconds, _IDLE_LIMIT_SECONDS) if provider is not None else IDLE_SECONDS
+        learnt, until = self._learnt.get(name, (usual, 0.0))
+        return min(usual, learnt) if until > self._clock.monotonic() else usual
 
     def _leave(self, name: str) -> None:
         """Let the idle sessions of an upstream go."""
@@ -156,8 +294,9 @@ class Pool:
     def _sweep(self) -> None:
         """Close what has been idle for too long; the oldest are in front."""
         self._sweeper = None
-        deadline = self._clock.monotonic() - IDLE_SECONDS
+        now = self._clock.monotonic()
         for name, sessions in list(self._idle.items()):
+            deadline = now - self._patience_seconds(name)
             while sessions and (sessions[0].since <= deadline or not sessions[0].session.usable):
                 self._dismiss(sessions.pop(0).session)
             if not sessions:

@@ -3,16 +3,18 @@
 Small mail for one recipient is one flight from MAIL to the last octet where the upstream offers PIPELINING and CHUNKING (RFC 3030).
 Other mail waits for the reply to DATA; MAIL, RCPT… and DATA are one flight where PIPELINING is offered (RFC 2920), and go one by one
 where it is not. What replies mean is decided in `mail.outcome`.
+
+Where there is no CHUNKING, the commands of the next transaction may go out behind the content of this one, before its reply.
 """
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import NamedTuple
 
-from relay.config.model import Timeouts
+from relay.config.upstreams import Timeouts
 from relay.mail.content import stuff
 from relay.mail.envelope import Recipient
-from relay.mail.outcome import Failure, Outcome, Phase, Status, outcome_of_failure, outcome_of_reply
+from relay.mail.outcome import Failure, Outcome, Phase, Row, Status, outcome_of_failure, outcome_of_reply
 from relay.mail.reply import MalformedReply, Reply, parse_reply
 from relay.upstream.wire import Broken, Lines, Wire
 
@@ -70,23 +72,40 @@ class Transaction:
     After `run`, `botched` says that the connection is out of step or closed, and `dirty` that RSET must come before the next MAIL.
     """
 
-    def __init__(self, wire: Wire, offer: Offer, timeouts: Timeouts, message: Outgoing) -> None:
+    def __init__(
+        self,
+        wire: Wire,
+        offer: Offer,
+        timeouts: Timeouts,
+        message: Outgoing,
+        *,
+        own: Sequence[Row] = (),
+        handed_over: Callable[[], None] | None = None,
+    ) -> None:
+        """`own`: what the provider's own replies mean. `handed_over` is called when the last octet of the content has been written,
+        after which another one may `send_ahead`.
+        """
         self._wire = wire
         self._offer = offer
         self._timeouts = timeouts
         self._message = message
+        self._own = own
+        self._handed_over = handed_over
         self._outcomes: list[Outcome | None] = [None] * len(message.recipients)
         self._phase = Phase.MAIL
+        self._sent_ahead: list[bytes] = []
         self.botched = False
         self.dirty = False
 
     async def run(self, *, reused: bool, reset: bool) -> list[Outcome]:
         """One outcome per recipient, in their order. `reset`: begin with RSET. Raises Stale, only when `reused`."""
-        lacking = self._lacking()
-        if lacking:
-            return self._fill(outcome_of_failure(Phase.MAIL, Failure.LACKING, f"the upstream does not offer {lacking}"))
+        if (lacking := self._lacking()) is not None:
+            self.dirty = reset  # whoever comes next still has to
+            return self._fill(lacking)
+        if self._sent_ahead:
+            self._wire.come_up()
         try:
-            if self._fits_one_flight and not reset:
+            if self._fits_one_flight and not reset and not self._sent_ahead:
                 await self._fly(reused=reused)
             elif await self._envelope(reused=reused, reset=reset):
                 await self._content()
@@ -99,20 +118,27 @@ class Transaction:
         wishes = self._offer.dsn and any(recipient.notify for recipient in self._message.recipients)
         return self._told() if wishes else self._fill(None)
 
+    def send_ahead(self) -> None:
+        """Send the commands while another transaction waits for the reply to its content (RFC 2920 section 3.1); `run` when it has it."""
+        if self._lacking() is None:
+            self._sent_ahead = self._commands(reset=False)
+            self._wire.write_ahead(b"".join(self._sent_ahead), replies=len(self._sent_ahead))
+
     def _told(self) -> list[Outcome]:
         """The outcomes, where the upstream also took what recipients wish to be reported."""
         pairs = zip(self._message.recipients, self._fill(None), strict=True)
         return [known._replace(reports=True) if each.notify and known.status is Status.SENT else known for each, known in pairs]
 
-    def _lacking(self) -> str:
+    def _lacking(self) -> Outcome | None:
+        """What it means for everybody when the upstream does not offer what the message needs."""
         message, offer = self._message, self._offer
         if message.eight_bit and not offer.eight_bit:
-            return "8BITMIME"
+            return without(Phase.MAIL, "8BITMIME", "5.6.3")
         if message.smtputf8 and not offer.smtputf8:
-            return "SMTPUTF8"
+            return without(Phase.MAIL, "SMTPUTF8", "5.6.7")
         if 0 < offer.size_limit < message.size:
-            return f"SIZE {message.size} (its limit is {offer.size_limit})"
-        return ""
+            return without(Phase.MAIL, f"SIZE {message.size} (its limit is {offer.size_limit})", "5.3.4")
+        return None
 
     # -- all at once ------------------------------------------------------------------------------------------------------
 
@@ -143,17 +169,16 @@ class Transaction:
         self._phase = Phase.FINAL
         reply = parse_reply(replies[2])
         self.dirty = self._outcomes[0] is not None or not reply.positive
-        self._fill(outcome_of_reply(Phase.FINAL, reply))
+        if reply.positive and self._outcomes[0] is not None:
+            self.botched = True  # taken in an envelope that it had refused: it is not at the place where we are
+        self._fill(outcome_of_reply(Phase.FINAL, reply, own=self._own))
         self._note(reply)
 
     # -- MAIL, RCPT, DATA -------------------------------------------------------------------------------------------------
 
     async def _envelope(self, *, reused: bool, reset: bool) -> bool:
         """Whether the upstream waits for the content."""
-        commands = [b"RSET\r\n"] if reset else []
-        commands.append(self._mail())
-        commands += map(self._rcpt, self._message.recipients)
-        commands.append(b"DATA\r\n")
+        commands = self._sent_ahead or self._commands(reset=reset)
         replies: list[Lines] = []
         try:
             await (self._pipeline if self._offer.pipelining else self._converse)(commands, replies, reset=reset)
@@ -167,16 +192,20 @@ class Transaction:
         self._judge(replies, reset=reset)
         return self._go_ahead(replies, len(commands))
 
+    def _commands(self, *, reset: bool) -> list[bytes]:
+        return [*([b"RSET\r\n"] if reset else []), self._mail(), *map(self._rcpt, self._message.recipients), b"DATA\r\n"]
+
     def _stale(self, replies: list[Lines], *, reset: bool) -> bool:
         """Whether the session was over before this MAIL: it has no reply, or a 421 that is no request to slow down."""
         if len(replies) <= int(reset) or (reset and not replies[0][-1].startswith(b"2")):
             return True
         mail = replies[int(reset)]
-        return mail[-1].startswith(b"421") and not outcome_of_reply(Phase.MAIL, parse_reply(mail)).throttled
+        return mail[-1].startswith(b"421") and not outcome_of_reply(Phase.MAIL, parse_reply(mail), own=self._own).throttled
 
     async def _pipeline(self, commands: list[bytes], replies: list[Lines], *, reset: bool) -> None:
-        """All in one flight."""
-        self._wire.write(b"".join(commands))
+        """All in one flight, which has left already where it was sent ahead."""
+        if not self._sent_ahead:
+            self._wire.write(b"".join(commands))
         while len(replies) < len(commands):
             self._phase = self._phase_of(len(replies), len(commands), reset=reset)
             replies += await self._wire.replies(len(commands) - len(replies), timeout_seconds=self._timeouts.command)
@@ -229,9 +258,10 @@ class Transaction:
                 raise
             if reply.positive:
                 continue
-            outcome = outcome_of_reply(phase, reply)
+            outcome = outcome_of_reply(phase, reply, own=self._own)
             if number == 0:
                 self._fill(outcome)
+                self.botched = self.botched or reply.code == 503  # nothing stands before MAIL: it has something else in mind
             elif self._outcomes[number - 1] is None:
                 self._outcomes[number - 1] = outcome
             self._note(reply)
@@ -250,7 +280,7 @@ class Transaction:
             self._note(data)
             return False
         if data.code != 354:
-            self._fill(outcome_of_reply(Phase.DATA, data))
+            self._fill(outcome_of_reply(Phase.DATA, data, own=self._own))
             self.dirty = True
             self._note(data)
             return False
@@ -278,11 +308,13 @@ class Transaction:
             if not done:
                 self.botched = True  # it answered in the middle: what it will do with the rest is anybody's guess
                 reply = parse_reply((await self._wire.replies(1, timeout_seconds=self._timeouts.command))[0])
-                self._fill(outcome_of_reply(Phase.CONTENT, reply))
+                self._fill(outcome_of_reply(Phase.CONTENT, reply, own=self._own))
                 return
         self._phase = Phase.FINAL
+        if self._handed_over is not None:
+            self._handed_over()
         reply = parse_reply((await self._wire.replies(1, timeout_seconds=self._timeouts.final))[0])
-        self._fill(outcome_of_reply(Phase.FINAL, reply))
+        self._fill(outcome_of_reply(Phase.FINAL, reply, own=self._own))
         self._note(reply)
 
     def _note(self, reply: Reply) -> None:
@@ -304,6 +336,12 @@ _MOMENT = {
     Phase.CONTENT: "sending the content",
     Phase.FINAL: "after the last octet: it may have the message",
 }
+
+
+def without(phase: Phase, extension: str, enhanced: str) -> Outcome:
+    """What it means that the upstream does not offer an extension; the enhanced code (RFC 3463, RFC 6531 section 3.5) is for the bounce."""
+    outcome = outcome_of_failure(phase, Failure.LACKING, "")
+    return outcome._replace(reply=Reply(0, enhanced, f"the upstream does not offer {extension}"))
 
 
 def _parameter(keyword: bytes, value: str) -> bytes:

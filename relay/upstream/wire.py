@@ -3,7 +3,7 @@
 Takes over the transport that aiosmtplib opened, because that library sends one command at a time. Knows lines and replies, not what
 they mean.
 
-State: replies that have arrived and were not yet asked for, and the one waiter.
+State: replies that have arrived and were not yet asked for, the one waiter, and how many replies somebody behind him will ask for.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ class Broken(Exception):
 
 
 class Wire(asyncio.Protocol):
-    """One established connection. Used by one transaction at a time."""
+    """One established connection. Used by one transaction at a time, and by a second one that has sent its commands ahead."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._loop = asyncio.get_running_loop()
@@ -36,6 +36,7 @@ class Wire(asyncio.Protocol):
         self._lines: Lines = []
         self._replies: list[Lines] = []
         self._wanted = 0
+        self._ahead = 0
         self._waiter: asyncio.Future[None] | None = None
         self._lost: Broken | None = None
         self._paused = False
@@ -55,6 +56,15 @@ class Wire(asyncio.Protocol):
     def write(self, *octets: bytes) -> None:
         """Hand octets to the transport, all in one go."""
         self._transport.write(octets[0] if len(octets) == 1 else b"".join(octets))  # uvloop's writelines costs more than the copy
+
+    def write_ahead(self, octets: bytes, *, replies: int) -> None:
+        """Send commands whose `replies` come after those that are awaited at the moment (RFC 2920). `come_up` before asking for them."""
+        self._ahead = replies
+        self._transport.write(octets)
+
+    def come_up(self) -> None:
+        """What was awaited before is here, or never will be: the next `replies` are those to the commands that were sent ahead."""
+        self._wanted, self._ahead = self._ahead, 0
 
     async def replies(self, count: int, *, timeout_seconds: float, last_timeout_seconds: float = 0.0) -> list[Lines]:
         """The next `count` replies, or as many as arrived before the connection ended, if at least one did.
@@ -128,7 +138,7 @@ class Wire(asyncio.Protocol):
         if self._lost is not None:  # the answer to QUIT, or an end that was already noticed
             self._transport.close()
             return
-        if not self._wanted:
+        if not (self._wanted or self._ahead):
             self._break_off(Broken(Failure.CLOSED, "the upstream spoke without being asked"))
             return
         known = len(self._replies)
@@ -137,7 +147,7 @@ class Wire(asyncio.Protocol):
         if piece and len(self._rest) + sum(map(len, self._lines)) > _REPLY_LIMIT_BYTES:
             self._break_off(Broken(Failure.NONSENSE, f"a reply of more than {_REPLY_LIMIT_BYTES} octets"))
         elif len(self._replies) >= self._wanted:
-            if piece or len(self._replies) > self._wanted:
+            if len(self._replies) + bool(piece) > self._wanted + self._ahead:
                 self._break_off(Broken(Failure.CLOSED, "the upstream said more than it was asked"))
             self._release()
         elif len(self._replies) > known:  # a piece of one begins no new wait, or there would be no end of it

@@ -9,7 +9,7 @@ import pytest
 
 from relay.clock import ManualClock
 from relay.mail.envelope import Envelope, Origin, Recipient, Summary
-from relay.spool.base import FILE_ABOVE_BYTES, Claim, Content, Draft, Lane, LeaseLost, Next, Spool, SpoolError
+from relay.spool.base import EVERYTHING, FILE_ABOVE_BYTES, Claim, Content, Draft, Lane, LeaseLost, Next, Spool, SpoolError, Used
 from relay.spool.memory import MemorySpool
 from relay.spool.sqlite import SqliteSpool
 from tests.contract.drafts import DEFERRED, FAILED, IN_DOUBT, LANE, OTHER_LANE, SENT, content_of, draft, octets_of, settlement, stored_files
@@ -348,6 +348,17 @@ async def test_fresh_and_retried_mail_take_turns_one_at_a_time(house: House) -> 
     assert seen in ("frfrfr", "rfrfrf")
 
 
+async def test_each_lane_has_turns_of_its_own(house: House) -> None:
+    """Where two lanes are claimed from in turn, each would get but one kind if they shared them."""
+    _, retried = await put_fresh_and_retried(house, 4)
+    await house.put(*(draft(house.spool, lane=OTHER_LANE, due=house.clock.now()) for _ in range(4)))
+    seen = ""
+    for _ in range(4):
+        seen += kinds(await house.claim(1), retried)
+        assert len(await house.claim(1, lane=OTHER_LANE)) == 1
+    assert seen in ("frfr", "rfrf")
+
+
 async def test_where_one_kind_runs_out_the_other_has_the_rest(house: House) -> None:
     _, retried = await put_fresh_and_retried(house, 2)
     await house.put(*(draft(house.spool, due=house.clock.now()) for _ in range(4)))
@@ -576,3 +587,80 @@ async def test_next_due_tells_each_lanes_earliest(house: House) -> None:
 
 async def test_a_healthy_spool_says_nothing(house: House) -> None:
     assert house.spool.unhealthy() is None
+
+
+# -- quotas, and mail that waits for them ---------------------------------------------------------------------------------
+
+
+async def test_what_settles_use_of_quotas_adds_up_and_is_known_as_long_as_it_may_count(house: House) -> None:
+    start = int(house.clock.now()) // 150 * 150
+    await house.put(*(draft(house.spool) for _ in range(5)))
+    first, second, third, *plain = await house.claim()
+    hour, day = Used("acme", 3600, start, 1, 20), Used("acme", 86400, start - 300, 1, 20)
+    await asyncio.gather(*(house.spool.settle(settlement(claim)._replace(used=(hour, day))) for claim in (first, second)))
+    other = Used("house", 3600, start, 3, 0)
+    await house.spool.settle(settlement(third, DEFERRED, then=house.later(60))._replace(used=(other, hour._replace(start=start + 150))))
+    for claim in plain:
+        await house.spool.settle(settlement(claim))
+    known = [
+        hour._replace(transactions=2, recipients=40), hour._replace(start=start + 150), day._replace(transactions=2, recipients=40), other,
+    ]  # fmt: skip
+    assert await house.spool.used() == known
+    house.clock.advance(start + 2 * 3600 - house.clock.now() - 1)
+    assert await house.spool.used() == known
+    house.clock.advance(1)
+    assert await house.spool.used() == known[1:3]
+    house.clock.advance(3 * 86_400)
+    assert await house.spool.used() == []
+
+
+async def test_what_a_claim_that_was_lost_has_used_is_not_added(house: House) -> None:
+    claim = await house.put_claimed(draft(house.spool))
+    house.clock.advance(LEASE_SECONDS + 1)
+    await house.spool.next_due()
+    with pytest.raises(LeaseLost):
+        await house.spool.settle(settlement(claim)._replace(used=(Used("acme", 3600, int(house.clock.now()), 1, 1),)))
+    assert await house.spool.used() == []
+
+
+async def test_late_mail_of_a_lane_is_claimed_to_be_given_up(house: House) -> None:
+    now = house.clock.now()
+    old = [draft(house.spool, created=now, due=now) for _ in range(3)]
+    later = draft(house.spool, created=now, due=now + 9000)
+    elsewhere = draft(house.spool, lane=OTHER_LANE, created=now, due=now)
+    held = draft(house.spool, created=now, due=now)
+    await house.put(held)
+    await house.spool.hold(EVERYTHING, "why")
+    await house.put(*old, later, elsewhere)
+    house.clock.advance(1000)
+    young = draft(house.spool, created=house.clock.now(), due=house.clock.now())
+    await house.put(young)
+    before = now + 500
+    assert [claim.id for claim in await house.spool.late(LANE, before, 2)] == [old[0].id, old[1].id]
+    (claim,) = await house.spool.late(LANE, before, 2)
+    assert (claim.id, claim.attempt, claim.token < 0) == (old[2].id, 0, True)
+    assert await house.spool.late(LANE, before, 2) == []
+    await house.spool.settle(settlement(claim, FAILED))
+    house.clock.advance(LEASE_SECONDS + 1)
+    await house.spool.next_due()
+    again = await house.spool.late(LANE, before, 10)
+    assert [claim.id for claim in again] == [old[0].id, old[1].id]
+    assert not any(r.in_doubt for claim in again for r in claim.envelope.recipients)
+
+
+async def test_all_that_waits_in_a_lane_is_made_due_in_steps(house: House) -> None:
+    now = house.clock.now()
+    fresh = [draft(house.spool, due=now + 100 + number) for number in range(1100)]
+    await house.put(*fresh, draft(house.spool, lane=OTHER_LANE, due=now + 100))
+    await house.put(held := draft(house.spool, due=now))
+    await house.put(retried := draft(house.spool, due=now))
+    for claim in await house.claim():
+        held_then = house.later(3600, held="why") if claim.id == held.id else house.later(3600)
+        await house.spool.settle(settlement(claim, DEFERRED, then=held_then))
+    steps = 0
+    while await house.spool.hasten(LANE):
+        steps += 1
+        assert steps < 10
+    assert steps >= 1
+    assert {claim.id for claim in await house.claim(2000)} == {retried.id, *(each.id for each in fresh)}
+    assert await house.claim(lane=OTHER_LANE) == []

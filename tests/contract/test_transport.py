@@ -369,7 +369,7 @@ async def test_what_the_message_needs_is_declared(tls: Authority, pipelining: bo
     ("without", "facts", "lacks"),
     [
         ("8BITMIME", {"eight_bit": True}, "8BITMIME"),
-        ("SMTPUTF8", {"smtputf8": True}, "SMTPUTF8"),
+        ("SMTPUTF8", {"smtputf8": True, "sender": "jürgen@acme.example"}, "SMTPUTF8"),
         ("ENHANCEDSTATUSCODES", {"size": 104857601}, "SIZE 104857601"),
     ],
 )
@@ -382,6 +382,31 @@ async def test_what_the_upstream_lacks_is_found_before_anything_is_sent(
         assert lacks in outcomes[0].reply.text
         assert way.server.transactions == []
         assert all_sent(await way.send(outgoing(A)))
+        assert len(way.server.connections) == 1
+
+
+@pytest.mark.parametrize(
+    ("recipients", "sent"),
+    [
+        ("A u B v", "A B"),
+        ("u A", "A"),
+        ("A B", "A B"),
+        ("u v", ""),
+        ("u", ""),
+    ],
+)
+async def test_without_smtputf8_those_go_out_who_do_not_need_it(tls: Authority, pipelining: bool, recipients: str, sent: str) -> None:
+    who = {"A": A, "B": B, "u": "ü@example.org", "v": "v@bücher.example"}
+    async with way_to(tls, without=["SMTPUTF8"], pipelining=pipelining) as way:
+        for _ in range(2):
+            outcomes = await way.send(outgoing(*(who[each] for each in recipients.split()), smtputf8=True, utf8_header=True))
+            assert words(outcomes) == [
+                "sent message final" if each in sent else "failed recipient rcpt fallback" for each in recipients.split()
+            ]
+            for outcome in outcomes:
+                assert outcome.status is Status.SENT or str(outcome.reply).startswith("5.6.7 the upstream does not offer SMTPUTF8")
+        assert [t.recipients for t in way.server.accepted] == ([[who[each] for each in sent.split()]] * 2 if sent else [])
+        assert all("SMTPUTF8" not in t.parameters for t in way.server.accepted)
         assert len(way.server.connections) == 1
 
 

@@ -27,10 +27,10 @@ class Authority:
         self._ca.cert_pem.write_to_path(str(self.ca_file))
         self.server = self.context()
 
-    def context(self, *names: str, expired: bool = False) -> ssl.SSLContext:
-        """A server's context for these names or addresses; the default is localhost, 127.0.0.1 and ::1."""
+    def context(self, *names: str, expired: bool = False, days: float = 30) -> ssl.SSLContext:
+        """A server's context for these names or addresses, good for so many days; the default is localhost, 127.0.0.1 and ::1."""
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        self._issue(names, expired=expired).configure_cert(context)
+        self._issue(names, expired=expired, days=days).configure_cert(context)
         return context
 
     def client_context(self) -> ssl.SSLContext:
@@ -52,10 +52,10 @@ class Authority:
         directory.mkdir(exist_ok=True)
         return type(self)(directory)
 
-    def _issue(self, names: tuple[str, ...], *, expired: bool) -> trustme.LeafCert:
+    def _issue(self, names: tuple[str, ...], *, expired: bool, days: float = 30) -> trustme.LeafCert:
         now = datetime.datetime.now(datetime.UTC)
         return self._ca.issue_cert(
             *(names or ("localhost", "127.0.0.1", "::1")),
             not_before=now - datetime.timedelta(days=30),
-            not_after=now + datetime.timedelta(days=-1 if expired else 30),
+            not_after=now + datetime.timedelta(days=-1 if expired else days),
         )

@@ -18,12 +18,14 @@ _REPLIES = {
 
 
 class Sink:
-    """The server, listening inside its `async with`. `messages` and `octets` of content (with its stuffing), so far."""
+    """The server, listening inside its `async with`. `messages`, the `times` of their ends (by the loop), and `octets` of content (with its
+    stuffing), so far."""
 
     def __init__(self) -> None:
         self.host = "127.0.0.1"
         self.port = 0
         self.messages = 0
+        self.times: list[float] = []
         self.octets = 0
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Transport] = set()
@@ -80,6 +82,7 @@ class _Connection(asyncio.Protocol):
                     break
                 self._sink.octets += end
                 self._sink.messages += 1
+                self._sink.times.append(asyncio.get_running_loop().time())
                 self._in_content = False
                 data = data[end + len(_END) :]
                 replies.append(b"250 2.0.0 Ok\r\n")

@@ -9,9 +9,10 @@ import base64
 import binascii
 import hashlib
 import hmac
+import json
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
@@ -36,6 +37,7 @@ class Offer:
     extensions: tuple[str, ...]
     mechanisms: tuple[str, ...]
     users: Mapping[str, str]
+    tokens: Container[str]
     auth_required: bool
     security: Security
     tls: ssl.SSLContext | None
@@ -43,7 +45,7 @@ class Offer:
     recipients: int
 
     def has(self, keyword: str) -> bool:
-        return any(extension.split()[0] == keyword for extension in self.extensions) or (keyword == "AUTH" and bool(self.users))
+        return any(extension.split()[0] == keyword for extension in self.extensions) or (keyword == "AUTH" and bool(self.mechanisms))
 
     @property
     def size(self) -> int:
@@ -183,6 +185,8 @@ class Session:
             self._connection.user = user
 
     async def _credentials(self, mechanism: str, initial: str) -> tuple[str, str, bool]:
+        if mechanism == "XOAUTH2":
+            return await self._token(initial)
         if mechanism == "CRAM-MD5":
             challenge = f"<{self._connection.number}.{len(self._record.logins)}@upstream.test>".encode()
             user, _, digest = (await self._challenge(challenge)).decode().rpartition(" ")
@@ -195,6 +199,20 @@ class Session:
             user = (first if first is not None else await self._challenge(b"Username:")).decode()
             password = (await self._challenge(b"Password:")).decode()
         return user, password, user in self._offer.users and self._offer.users[user] == password
+
+    async def _token(self, initial: str) -> tuple[str, str, bool]:
+        """XOAUTH2: a refusal is a challenge with JSON, which the client answers with an empty line."""
+        response = (_decode(initial) if initial else await self._challenge(b"")).decode()
+        user, _, bearer = response.partition("\1")
+        if not user.startswith("user=") or not bearer.startswith("auth=Bearer ") or not bearer.endswith("\1\1"):
+            raise ValueError("no XOAUTH2")
+        token = bearer.removeprefix("auth=Bearer ").removesuffix("\1\1")
+        good = token in self._offer.tokens
+        if not good:
+            said = json.dumps({"status": "401", "schemes": "bearer", "scope": f"https://mail.test/ {token}"})
+            if await self._challenge(said.encode()):
+                raise ValueError("an empty line was expected")
+        return user.removeprefix("user="), token, good
 
     async def _challenge(self, text: bytes) -> bytes:
         await self._wire.send(b"334 " + base64.b64encode(text) + b"\r\n")

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -48,6 +48,7 @@ class ScriptedUpstream:
     """The server, listening inside its `async with`.
 
     `users` (name to password) makes AUTH offered and, unless `auth_required` is false, demanded; `mechanisms` narrows it.
+    `tokens`: the access tokens that XOAUTH2 takes, which is then offered, too.
     `security` needs a server context in `tls`. `without` takes extensions away from OFFERED and `offers` adds lines to it.
     `helo_only` refuses EHLO. `recipients` is the most of them in one transaction: 452 for the rest.
     """
@@ -56,6 +57,7 @@ class ScriptedUpstream:
         self,
         *,
         users: Mapping[str, str] | None = None,
+        tokens: Container[str] | None = None,
         mechanisms: Iterable[str] = MECHANISMS,
         auth_required: bool = True,
         security: Security = "none",
@@ -73,11 +75,13 @@ class ScriptedUpstream:
             raise ValueError(f"not offered anyway: {', '.join(sorted(unknown))}")
         self.host = "127.0.0.1"
         self.port = port
+        self.most_at_once = 0  # connections
         self._offer = Offer(
             extensions=(*(extension for extension in OFFERED if extension.split()[0] not in gone), *offers),
-            mechanisms=tuple(mechanisms) if users else (),
+            mechanisms=(*(mechanisms if users else ()), *(("XOAUTH2",) if tokens is not None else ())),
             users=dict(users or {}),
-            auth_required=auth_required and bool(users),
+            tokens=tokens if tokens is not None else (),
+            auth_required=auth_required and (bool(users) or tokens is not None),
             security=security,
             tls=tls,
             helo_only=helo_only,
@@ -187,6 +191,7 @@ class ScriptedUpstream:
             accepted, _ = listening.accept()
             wire, connection = Wire(accepted), Connection(len(self.connections) + 1)
             self.connections.append(connection)
+            self.most_at_once = max(self.most_at_once, self.open_connections)
             task = asyncio.create_task(self._serve(wire, connection), name=f"scripted upstream: {connection.number}")
             self._sessions[task] = wire
             task.add_done_callback(self._sessions.pop)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from relay.delivery import breaker, scheduler
-from relay.upstream import login
+from relay.upstream import watch
 from tests.support.eventually import eventually
 from tests.support.upstream import Hold, ScriptedUpstream, unused_port
 from tests.system.relays import CONTENT, ROUTES, SECRET, Running, running, to
@@ -82,7 +82,8 @@ async def test_mail_moves_straight_to_the_fallback_while_one_message_asks_whethe
 async def test_a_wrong_password_is_one_login_and_a_new_one_in_its_file_sets_all_mail_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(login, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(watch, "AGAIN_SECONDS", 0.05)
     monkeypatch.setattr(scheduler, "_REFRESH_SOON_SECONDS", 0.2)
     secret = tmp_path / "secret"
     secret.write_text("wrong\n")

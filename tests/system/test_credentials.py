@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from relay.delivery import scheduler
-from relay.upstream import login as login_module
+from relay.upstream import watch
 from tests.support.eventually import eventually
 from tests.support.upstream import ScriptedUpstream
 from tests.system.relays import ROUTES, SECRET, running, to
@@ -16,7 +16,8 @@ WRONG = "wrong-" + SECRET
 
 @pytest.fixture(autouse=True)
 def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(login_module, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(watch, "AGAIN_SECONDS", 0.05)
     monkeypatch.setattr(scheduler, "_REFRESH_SOON_SECONDS", 0.2)
 
 

@@ -159,10 +159,10 @@ async def test_throttling_waits_without_a_fallback_and_without_counting(tmp_path
             await primary.received(1)
             await relay.empty()
             assert [(e["event"], e.get("attempt")) for e in relay.events("deferred", "throttled", "sent")] == [
-                ("deferred", 1),
                 ("throttled", None),
                 ("deferred", 1),
                 ("throttled", None),
+                ("deferred", 1),
                 ("sent", 1),
             ]
             assert relay.events("degraded") == []

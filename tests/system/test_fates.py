@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 
-from relay.delivery import scheduler
+from relay.delivery import pace, scheduler
 from relay.mail.outcome import TABLE, Failure, Outcome, Phase, Row, Status, row_for
 from relay.mail.reply import Reply, parse_reply
 from tests.support.certificates import Authority
@@ -58,16 +58,24 @@ REPLIES = (
 SAID: tuple[tuple[ScriptPhase, str], ...] = (
     ("greeting", "421 Too many connections"),
     ("greeting", "554 Too many connections"),
+    ("greeting", "421 Daily limit reached"),
+    ("auth", "534 5.7.9 Application-specific password required"),
+    ("auth", "535 5.7.139 Basic authentication is disabled"),
     ("auth", "454 later"),
     ("auth", "421 rate limit"),
     ("mail", "450 4.7.1 Too much mail"),
     ("mail", "421 4.3.2 Too many concurrent sessions"),
+    ("mail", "450 4.7.1 Hourly limit reached"),
+    ("mail", "530 5.7.0 Must issue a STARTTLS command first"),
     ("mail", "550 Daily limit reached"),
     ("mail", "550 5.4.5 Come back tomorrow"),
     ("mail", "454 4.7.1 Relay access denied"),
+    ("mail", "503 5.5.1 Nested MAIL command"),
     ("mail", "550 5.7.502 Access denied, banned sender"),
     ("rcpt", "452 4.2.2 Mailbox full, quota exceeded"),
     ("rcpt", "550 5.2.1 Mailbox disabled"),
+    ("rcpt", "550 5.1.1 <throttle@example.org>: unknown"),
+    ("rcpt", "450 4.1.1 Unverified: host mx said: too many connections"),
     ("rcpt", "454 4.7.1 Relay access denied"),
     ("rcpt", "550 Relay not permitted"),
     ("rcpt", "550 5.7.60 Not as this sender"),
@@ -78,6 +86,10 @@ SAID: tuple[tuple[ScriptPhase, str], ...] = (
     ("final", "554 5.2.252 SendAsDenied"),
     ("final", "554 Message rejected: Email address is not verified."),
     ("final", "550 5.7.501 Access denied, spam abuse detected"),
+    ("final", "552 5.3.4 Message too large"),
+    ("final", "554 5.6.0 Content not taken"),
+    ("final", "550 5.7.26 The sender must authenticate with SPF or DKIM"),
+    ("final", "451 4.7.1 DMARC: authentication required"),
     ("final", "250-2.0.0 Ok\r\n250 2.0.0 in two lines"),
 )
 FAILURES: dict[str, tuple[Action, Failure]] = {
@@ -341,7 +353,7 @@ async def test_what_happens_before_the_connection() -> None:
     ("without", "facts"),
     [
         (["8BITMIME"], {"eight_bit": True}),
-        (["SMTPUTF8"], {"smtputf8": True}),
+        (["SMTPUTF8"], {"smtputf8": True, "sender": "jürgen@acme.example"}),
         ([], {"size": 200_000_000}),
     ],
 )
@@ -351,6 +363,13 @@ async def test_what_the_upstream_lacks_is_asked_of_the_next_one(without: list[st
         assert all_sent(await pool.send("acme", outgoing()))
         assert len(server.connections) == 1
         assert server.connections[0].verbs == ["EHLO", "MAIL", "RCPT", "DATA"]
+
+
+async def test_what_the_upstream_lacks_for_one_recipient_is_his_alone() -> None:
+    async with ScriptedUpstream(without=["SMTPUTF8"]) as server, pool_to(acme=settings(server)) as pool:
+        outcomes = await pool.send("acme", outgoing("jürgen@example.org", "you@example.org", smtputf8=True))
+        check(outcomes[:1], [[(Phase.RCPT, Failure.LACKING)]])
+        assert all_sent(outcomes[1:])
 
 
 @pytest.mark.parametrize(("offered", "declared"), [(True, ("SMTPUTF8",)), (False, ())])
@@ -486,6 +505,8 @@ UNHEARD_OF = {
     "connection lost after the last octet": Failure.UNREACHABLE,
     "TLS failed after the last octet": Failure.UNTRUSTED,
     "not offered by the upstream": Failure.LACKING,
+    "no access token is given": Failure.REFUSED,
+    "its token server is throttled": Failure.SLOWED,
     "taken, and the transaction went no further": ("2xx", "", ""),
 }
 
@@ -499,7 +520,9 @@ def test_every_row_of_the_table_is_tried_above() -> None:
             if not (mode.flight and case.phase == "data"):
                 tried |= {id(row_for(*cause)) for possible in causes(case.phase, case.event, mode) for cause in possible}
     named: list[Cause] = [(Phase.RESOLVE, Failure.UNREACHABLE), (Phase.MAIL, Failure.LACKING), (Phase.AUTH, Failure.LACKING)]
-    tried |= {id(row_for(*cause)) for cause in (*named, (Phase.STARTTLS, Failure.LACKING))}
+    named += [(Phase.STARTTLS, Failure.LACKING), (Phase.RCPT, Failure.LACKING)]
+    named += [(Phase.AUTH, Failure.REFUSED), (Phase.AUTH, Failure.SLOWED)]  # of a token server, in the tests of OAuth 2.0
+    tried |= {id(row_for(*cause)) for cause in named}
     assert [row for row in TABLE if id(row) not in tried and not _is_unheard_of(row)] == []
 
 
@@ -546,6 +569,7 @@ async def test_what_is_temporary_at_any_moment_arrives_once_in_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: ScriptPhase
 ) -> None:
     monkeypatch.setattr(scheduler, "_REFRESH_SOON_SECONDS", 0.2)
+    monkeypatch.setattr(pace, "_MODEST", 100.0)  # so that half of it is no wait
     actions: list[Action | bytes] = [b"451 4.3.0 later", b"421 4.7.0 slow", b"421 4.3.2 down", b"\xff", Close(), Reset(), Half()]
     if phase == "final":
         actions = [action for action in actions if isinstance(action, bytes)]

@@ -99,7 +99,7 @@ class Site:
 
 @asynccontextmanager
 async def site(directory: Path, *, down: bool = False, more: str = "", other: int = 0) -> AsyncIterator[Site]:
-    upstream = ScriptedUpstream()
+    upstream = ScriptedUpstream(offers=("CHUNKING",))  # so that nobody rides
     await upstream.start()
     config = CONFIG.format(port=upstream.port, other=other or unused_port(), spool=directory / "spool", more=more)
     if down:

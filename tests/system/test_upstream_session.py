@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import pytest
 
-from relay.config.model import Upstream
 from relay.config.secrets import Secret
+from relay.config.upstreams import Upstream
 from relay.mail.outcome import Outcome, Phase, Status
 from relay.upstream import dial as dial_module
 from tests.support.certificates import Authority
@@ -162,6 +162,27 @@ async def test_replies_slipped_in_before_the_handshake_do_not_count(tls: Authori
         outcome = await try_once(server, secured(server, tls, **LOGIN))
         assert outcome.status is not Status.SENT or server.logins[0].tls
         assert all(login.tls for login in server.logins)
+
+
+@pytest.mark.parametrize(
+    ("security", "keys", "verbs"),
+    [
+        ("none", {}, ["EHLO"]),
+        ("none", LOGIN, ["EHLO", "AUTH"]),
+        ("tls", LOGIN, ["EHLO", "AUTH"]),
+        ("tls", LOGIN | {"auth": "login"}, ["EHLO", "AUTH"]),
+        ("starttls", {}, ["EHLO", "STARTTLS", "EHLO"]),
+        ("starttls", LOGIN, ["EHLO", "STARTTLS", "EHLO", "AUTH"]),
+    ],
+)
+async def test_a_session_opens_with_no_more_round_trips_than_the_protocol_needs(
+    tls: Authority, security: Security, keys: dict[str, str], verbs: list[str]
+) -> None:
+    users = USERS if keys else {}
+    async with ScriptedUpstream(users=users, security=security, tls=None if security == "none" else tls.server) as server:
+        upstream = settings(server, **keys) if security == "none" else secured(server, tls, security, **keys)
+        assert (await try_once(server, upstream)).status is Status.SENT
+        assert server.connections[0].verbs == [*verbs, "MAIL", "RCPT", "DATA", "QUIT"]
 
 
 # -- AUTH ------------------------------------------------------------------------------------------------------------------
@@ -335,6 +356,12 @@ async def test_a_session_that_cannot_be_opened_is_the_upstreams_fault(script_pha
         assert words(outcomes) == [f"deferred upstream {phase.value} fallback"] * 2
         assert outcomes[0].reply.text
         assert server.transactions == []
+
+
+@pytest.mark.parametrize("offer", ["SIZE " + 5000 * "9", "LIMITS RCPTMAX=" + 5000 * "9", "SIZE many"], ids=lambda offer: offer[:20])
+async def test_a_number_that_is_none_is_no_limit(offer: str) -> None:
+    async with ScriptedUpstream(offers=(offer,)) as server:
+        assert (await try_once(server, settings(server))).status is Status.SENT
 
 
 async def test_a_greeting_that_drips_in_many_lines_is_a_greeting() -> None:

@@ -107,7 +107,7 @@ async def test_what_the_upstream_lacks_is_a_refusal_too(tmp_path: Path) -> None:
         running(tmp_path, upstreams={"acme": to(acme)}, routes=WAITING) as relay,
     ):
         reply = await relay.send(SENDER, ["bücher@example.org"], parameters="SMTPUTF8", code=554)
-        assert words(reply) == "554 5.0.0 the upstream does not offer SMTPUTF8 (refused as ID)"
+        assert words(reply) == "554 5.6.7 the upstream does not offer SMTPUTF8, which this address needs (refused as ID)"
         assert relay.queue() == []
 
 

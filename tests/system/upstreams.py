@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from relay.clock import ManualClock
-from relay.config.model import Upstream
+from relay.config.upstreams import Upstream
 from relay.mail.envelope import Recipient
 from relay.mail.outcome import Outcome, Status
 from relay.upstream.pool import Pool

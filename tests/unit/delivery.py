@@ -71,6 +71,13 @@ class FakePool:
     def __init__(self, answer: Callable[[str, list[str]], Sequence[Outcome]] | None = None) -> None:
         self._answer = answer or (lambda _, recipients: [SENT] * len(recipients))
         self.handed: list[Handed] = []
+        self.limits: dict[str, int] = {}
+
+    def recipients_limit(self, name: str) -> int:
+        return self.limits.get(name, 0)
+
+    def rides(self, name: str) -> bool:
+        return False
 
     async def send(self, name: str, message: Outgoing) -> list[Outcome]:
         octets = message.octets

@@ -367,6 +367,16 @@ async def test_recipients_beyond_the_limit_go_in_further_transactions(bench: Ben
     assert dict(result.outcomes) == dict.fromkeys(names(8), SENT)
 
 
+@pytest.mark.parametrize(("limit", "said", "sizes"), [(3, 2, [2, 2, 2, 1]), (3, 5, [3, 3, 1]), (100, 4, [4, 3])])
+async def test_an_upstream_that_tells_its_limit_is_given_no_more(bench: Bench, limit: int, said: int, sizes: list[int]) -> None:
+    """RFC 9422."""
+    pool = FakePool()
+    pool.limits["acme"] = said
+    setup = config_of(upstreams={"acme": {"limits": {"recipients": limit}}})
+    await bench.send(claim_of(*names(7)), setup, pool=pool)
+    assert [len(handed.recipients) for handed in pool.handed] == sizes
+
+
 @pytest.mark.parametrize("code", [452, 552])
 async def test_those_whom_the_upstream_finds_too_many_go_at_once_in_the_next_transaction(bench: Bench, code: int) -> None:
     too_many = outcome_of_reply(Phase.RCPT, Reply(code, "", "too many recipients"))

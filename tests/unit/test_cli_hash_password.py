@@ -44,6 +44,16 @@ def test_a_person_is_asked_twice(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert capsys.readouterr() == ("", "relay hash-password: the two were not the same\n")
 
 
+def test_a_person_who_ends_the_input_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def ends(prompt: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr(sys, "stdin", Input(terminal=True))
+    monkeypatch.setattr("getpass.getpass", ends)
+    assert main(["hash-password"]) == 64
+    assert capsys.readouterr() == ("", "relay hash-password: nothing was typed\n")
+
+
 @pytest.mark.parametrize(
     ("octets", "why"),
     [(b"\n", "empty"), (b"", "empty"), (b"hunter2" * 40, "255 bytes"), (b"hunter2\xff\n", "characters"), (b"hunter2\t", "control")],

@@ -27,9 +27,6 @@ def exit_code(*argv: str) -> int:
         ["pause", "acme"],
         ["resume", "acme"],
         ["reload"],
-        ["test", "acme", "--to", "you@example.org"],
-        ["oauth", "login", "acme"],
-        ["secret", "keygen"],
         ["dkim", "keygen", "--help"],
         ["import", "postfix"],
     ],
@@ -62,6 +59,8 @@ def test_what_is_not_built_says_so_and_is_a_usage_error(argv: list[str], capsys:
         (["queue", "show", "649D2A1B3C4D5", "649D2A1B3C4D6"], "unrecognized arguments"),
         (["queue", "show", "649D2A1B3C4D5", "--headers", "--content"], "not allowed with"),
         (["trace"], "required: ID"),
+        (["secret"], "required: COMMAND"),
+        (["secret", "keygen", "hunter2"], "unrecognized arguments"),
         (["log", "-n", "-1"], "-n"),
         (["log", "-n", "many"], "'many' is not a number of lines"),
         (["demo", "--port", "70000"], "'70000' is not a port"),
@@ -79,6 +78,7 @@ def test_help_lists_what_there_is_and_nothing_else(capsys: pytest.CaptureFixture
         "serve",
         "check",
         "explain",
+        "test",
         "demo",
         "queue",
         "log",
@@ -86,6 +86,8 @@ def test_help_lists_what_there_is_and_nothing_else(capsys: pytest.CaptureFixture
         "schema",
         "sendmail",
         "hash-password",
+        "secret",
+        "oauth",
     ]
 
 

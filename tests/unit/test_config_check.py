@@ -81,13 +81,15 @@ def test_the_commented_keys_of_the_example_are_accepted_too(tmp_path: Path) -> N
     (tmp_path / "ca.pem").write_text("-----BEGIN CERTIFICATE-----\n")
     (tmp_path / "key.pem").write_text("-----BEGIN PRIVATE KEY-----\n")
     text = re.sub(r"^( +)# (?=\w+: )", r"\1", EXAMPLE.read_text(), flags=re.MULTILINE)
-    for name, file in (("acme-ca.pem", "ca.pem"), ("tls/fullchain.pem", "ca.pem"), ("tls/key.pem", "key.pem")):
+    certificates, keys = ("acme-ca.pem", "tls/fullchain.pem", "tls/acme-client.pem"), ("tls/key.pem", "tls/acme-client.key")
+    for name, file in (*((name, "ca.pem") for name in certificates), *((name, "key.pem") for name in keys)):
         text = text.replace(f"/etc/relay/{name}", file)
     (tmp_path / "config.yaml").write_text(text)
     config, findings = examine(tmp_path / "config.yaml", dict.fromkeys(re.findall(r"{env: (\w+)}", text), "dummy"))
     assert findings == []
     assert config is not None
     assert config.upstreams["acme"].ca_file == tmp_path / "ca.pem"
+    assert config.upstreams["acme"].client_key == tmp_path / "key.pem"
     assert config.upstreams["globex"].ehlo == "globex.example"
     assert config.spool.directory == Path("/var/lib/relay")
 

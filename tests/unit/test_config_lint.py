@@ -101,6 +101,12 @@ def test_many_routes_that_differ_in_one_condition_take_no_time() -> None:
         assert time.monotonic() - began < 5
 
 
+@pytest.mark.parametrize(("probe", "warned"), [("1ms", True), ("59s", True), ("1m", False), (None, False)])
+def test_logins_that_could_be_taken_for_an_attack_are_warned_of(probe: str | None, warned: bool) -> None:
+    found = lint.improbable(config([{"upstream": "acme"}], acme={"probe": probe}))
+    assert [problem.path for problem in found] == [("upstreams", "acme", "probe")] * warned
+
+
 def test_an_upstream_that_no_route_names_is_unused() -> None:
     found = list(lint.improbable(config([{"upstream": "acme", "fallback": "house"}], spare={})))
     assert [(problem.path, problem.message) for problem in found] == [(("upstreams", "spare"), "no route uses this upstream")]

@@ -211,6 +211,23 @@ def test_openssl_is_asked_when_a_check_is_thorough(file: Path) -> None:
     assert "OpenSSL cannot read the certificates" in finding.message
 
 
+def test_a_client_certificate_and_its_key_are_tried_when_a_check_is_thorough(file: Path, tls: Authority) -> None:
+    one, two = tls.files("one.example"), tls.files("two.example")
+    acme = f"upstreams: {{acme: {{host: smtp.acme.example, client_certificate: {one.certificate}, client_key: {one.key}}}}}\n"
+    file.write_text(acme + "routes: [{upstream: acme}]\n")
+    assert examine(file, {}, thorough=True)[1] == []
+    file.write_text(file.read_text().replace(str(one.key), str(two.key)))
+    config, (finding,) = examine(file, {}, thorough=True)
+    assert config is None
+    assert finding.where == "upstreams.acme.client_certificate"
+    assert finding.message == f"the key in {two.key} is not that of the certificate in {one.certificate}"
+    file.write_text(file.read_text().replace(f", client_key: {two.key}", ""))
+    (finding,) = examine(file, {}, thorough=True)[1]
+    assert finding.message == f"there is no key: name its file with `client_key`, or add it to {one.certificate}"
+    file.write_text("upstreams: {acme: {host: a.example, client_key: " + str(one.key) + "}}\nroutes: [{upstream: acme}]\n")
+    assert "there is a client_key but no client_certificate" in str(examine(file, {})[1])
+
+
 def test_a_listeners_certificate_and_key_are_tried_when_a_check_is_thorough(file: Path, tls: Authority) -> None:
     one, other = tls.files("one.example"), tls.files("other.example")
     listener = f"{{bind: '127.0.0.1:0', security: tls, certificate: {one.certificate}, key: %s}}"

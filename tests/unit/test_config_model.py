@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from relay.config import machine, model, values
+from relay.config import machine, quantities, values
 from relay.config.model import (
     Config,
     Fallback,
@@ -16,11 +16,10 @@ from relay.config.model import (
     Retry,
     Rewrite,
     Route,
-    Timeouts,
-    Upstream,
     effective_rewrite,
 )
 from relay.config.secrets import Secret
+from relay.config.upstreams import Timeouts, Upstream
 
 
 def upstream(**keys: Any) -> Upstream:
@@ -47,7 +46,9 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         (),
         "keep",
     )
-    assert acme.limits.model_dump() == {"connections": 5, "recipients": 100, "messages_per_connection": 100}
+    assert acme.limits.model_dump() == {
+        "connections": 5, "rate": (), "recipient_rate": (), "recipients": 100, "messages_per_connection": 100,
+    }  # fmt: skip
     assert acme.timeouts.model_dump() == {"connect": 30, "command": 60, "data": 60, "final": 600}
     assert config.retry.model_dump() == {"first": 60, "max": 3600, "expire": 4 * 86400, "warn_after": None}
     assert (config.spool.keep_log, config.shutdown_timeout) == (30 * 86400, 20)
@@ -199,13 +200,13 @@ def test_header_names_ignore_case() -> None:
     [("500ms", 0.5), ("30s", 30), ("1.5m", 90), ("2h", 7200), ("4d", 345_600), ("0s", 0), ("5 m", 300), (0.25, 0.25)],
 )
 def test_durations_have_units(written: Any, seconds: float) -> None:
-    assert values.parse_duration(written) == pytest.approx(seconds)
+    assert quantities.parse_duration(written) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize("written", ["30", "", "s", "-1s", "1h30m", "1w", "1S", None, True, [], "1e3s", "9" * 20 + "d"])
 def test_what_is_no_duration_is_refused(written: Any) -> None:
     with pytest.raises(ValueError, match="must be a duration"):
-        values.parse_duration(written)
+        quantities.parse_duration(written)
 
 
 @pytest.mark.parametrize(
@@ -213,13 +214,13 @@ def test_what_is_no_duration_is_refused(written: Any) -> None:
     [("50MB", 50_000_000), ("50MiB", 52_428_800), ("1kB", 1000), ("1KiB", 1024), ("1.5 GB", 1_500_000_000), ("10B", 10), (7, 7)],
 )
 def test_sizes_are_decimal_or_binary(written: Any, octets: int) -> None:
-    assert values.parse_size(written) == octets
+    assert quantities.parse_size(written) == octets
 
 
 @pytest.mark.parametrize("written", ["50M", "50", "MB", "-1MB", "50mb", True, None, 1.5])
 def test_what_is_no_size_is_refused(written: Any) -> None:
     with pytest.raises(ValueError, match="must be a size"):
-        values.parse_size(written)
+        quantities.parse_size(written)
 
 
 @pytest.mark.parametrize(
@@ -286,4 +287,4 @@ def test_logins_have_at_most_255_octets(length: int) -> None:
 def test_a_relative_path_begins_at_the_base_of_the_context(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
     keys = {"host": "a.example", "username": "a", "password": {"file": "secret"}}
-    assert model.Upstream.model_validate(keys, context={"base": tmp_path, "environ": {}}).password == Secret("x")
+    assert Upstream.model_validate(keys, context={"base": tmp_path, "environ": {}}).password == Secret("x")

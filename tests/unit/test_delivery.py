@@ -52,6 +52,12 @@ class Upstreams:
         self.gates: dict[str, asyncio.Event] = {}
         self.handed: list[tuple[str, Outgoing]] = []
 
+    def recipients_limit(self, name: str) -> int:
+        return 0
+
+    def rides(self, name: str) -> bool:
+        return False
+
     async def send(self, name: str, message: Outgoing) -> list[Outcome]:
         self.handed.append((name, message))
         if name in self.gates:
@@ -64,7 +70,7 @@ class Upstreams:
 
 
 class WatchedSpool(MemorySpool):
-    """Counts settles, and fails to reschedule when told to."""
+    """Counts settles, and fails to bring mail forward when told to."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -75,10 +81,10 @@ class WatchedSpool(MemorySpool):
         self.settled[settlement.claim.id] += 1
         await super().settle(settlement)
 
-    async def reschedule(self, selection: Selection) -> Any:
+    async def hasten(self, lane: Lane) -> bool:
         if self.failing:
             raise SpoolError("disk on fire")
-        return await super().reschedule(selection)
+        return await super().hasten(lane)
 
 
 @dataclass
@@ -486,6 +492,9 @@ class Moody(Upstreams):
 
     def change(self, names: tuple[str, ...], moods: tuple[Outcome, ...]) -> None:
         self.answers = {name: self._random.choice(moods) for name in names}
+
+    def rides(self, name: str) -> bool:
+        return False
 
     async def send(self, name: str, message: Outgoing) -> list[Outcome]:
         (outcome, *_) = outcomes = await super().send(name, message)

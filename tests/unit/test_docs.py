@@ -14,15 +14,18 @@ DOCUMENTS = (
     "README.md",
     "docs/listeners.md",
     "docs/logins.md",
+    "docs/oauth.md",
+    "docs/secrets.md",
     "docs/sendmail.md",
     "docs/operations.md",
     "docs/security.md",
+    "docs/testing-upstreams.md",
     "docs/architecture.md",
     "CHANGELOG.md",
     "config.example.yaml",
 )
 QUEUE = {f"queue {verb}" for verb in ("list", "show", "retry", "hold", "release", "drop", "bounce")}
-BUILT = {"serve", "check", "explain", "demo", "log", "trace", "schema", "hash-password", "sendmail", *QUEUE}
+BUILT = {"serve", "check", "explain", "demo", "log", "trace", "schema", "test", "hash-password", "secret", "oauth", "sendmail", *QUEUE}
 NOT_YET = "Not there yet"
 
 

@@ -138,6 +138,48 @@ def test_the_table_of_fates_has_a_line_for_every_row(tmp_path: Path, capsys: pyt
     assert json.loads(capsys.readouterr().out)[0]["phase"] == "resolve"
 
 
+PROVIDERS = CONFIG.replace("smtp.house.example", "smtp.sendgrid.net").replace("host: smtp.acme.example", "provider: mailgun")
+
+
+@pytest.mark.parametrize(
+    ("name", "provider", "said"), [("acme", "mailgun", "is not allowed to send"), ("house", "sendgrid", "unauthenticated")]
+)
+def test_what_an_upstream_s_provider_says_comes_before_the_table(
+    name: str, provider: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether the file names the provider, or its host alone."""
+    assert ask(tmp_path, "--outcomes", "--upstream", name, config=PROVIDERS) == 0
+    before, after = capsys.readouterr().out.split("Then, of every upstream:")
+    assert f"First what {provider} says" in before
+    assert said in before
+    assert said not in after
+    assert len(after.split("\n\n")[1].splitlines()) == 1 + len(list(rows_by_phase()))
+    assert ask(tmp_path, "--outcomes", "--upstream", name, "--json", config=PROVIDERS) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["provider"] for row in rows] == sorted((row["provider"] for row in rows), key=bool, reverse=True)
+    assert {row["provider"] for row in rows} == {provider, None}
+
+
+def test_a_provider_s_replies_can_be_read_without_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask(tmp_path, "--outcomes", "--upstream", "brevo", config="upstreams: [") == 0
+    assert "525 5.7.1" in capsys.readouterr().out
+    assert ask(tmp_path, "--outcomes", "--upstream", "nobody") == 64
+    assert "no such upstream or provider: nobody" in capsys.readouterr().err
+    assert ask(tmp_path, "--outcomes", "--upstream", "acme") == 0
+    assert "Nothing is known of its own replies" in capsys.readouterr().out
+    assert ask(tmp_path, "--upstream", "acme", "--from", "app@acme.example", "--to", "x@y.example") == 64
+
+
+def test_the_answer_names_the_provider(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask(tmp_path, "--from", "app@acme.example", "--to", "bob@example.org", "--json", config=PROVIDERS) == 0
+    (answer,) = json.loads(capsys.readouterr().out)
+    assert [each["provider"] for each in answer["upstreams"]] == ["mailgun", "sendgrid"]
+    assert ask(tmp_path, "--from", "app@acme.example", "--to", "bob@example.org", config=PROVIDERS) == 0
+    assert "    provider         mailgun\n" in capsys.readouterr().out
+    assert ask(tmp_path, "--from", "app@acme.example", "--to", "bob@example.org") == 0
+    assert "provider" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("user", "sender", "code", "part"),
     [

@@ -7,6 +7,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from relay.clock import Clock, ManualClock, SystemClock
 from relay.config.listeners import User
 from relay.config.password import ScryptHash, hash_password
+from relay.config.secrets import Secret
 from relay.listener import credentials as module
 from relay.listener.credentials import Credentials, Failures, Verdict, growing_delay
 from relay.listener.login import Given
@@ -277,3 +279,78 @@ def test_the_table_is_bounded_and_loses_the_oldest() -> None:
     failures.add(("", "a"), 0.0)
     failures.add(("", "d"), 0.0)
     assert [name for name in "abcd" if failures.weigh(("", name), 1.0)] == ["a", "c", "d"]
+
+
+# -- passwords that change -------------------------------------------------------------------------------------------------
+
+
+def exchange(credentials: Credentials, value: str, *, user: str) -> bool:
+    """Give a user another secret, as whoever finds it in its file does."""
+    (use,) = (use for use in credentials.uses() if use.name.startswith(f"user {user}: "))
+    return use.take(use.current(), Secret(value, use.current().source, read=lambda: value))
+
+
+def in_files(directory: Path, users: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
+    files: dict[str, dict[str, Any]] = {}
+    for name, keys in users.items():
+        ((key, value),) = keys.items()
+        (directory / name).write_text(value)
+        files[name] = {key: {"file": str(directory / name)}}
+    return files
+
+
+async def test_a_changed_password_and_a_changed_hash_are_right_and_the_old_ones_no_more(make: Make, tmp_path: Path) -> None:
+    credentials = make(in_files(tmp_path, {**PLAIN, "crm": {"password_hash": CHEAP}}))
+    assert [use.name for use in credentials.uses()] == ["user erp: its password", "user crm: its password_hash"]
+    for user in ("erp", "crm"):
+        assert await credentials.verify(Given(user, "s3cret"), HOME) is Verdict.RIGHT
+    assert exchange(credentials, "another", user="erp")
+    assert exchange(credentials, hash_password("another"), user="crm")
+    for user in ("erp", "crm"):
+        assert not credentials.known(Given(user, "s3cret"), HOME)
+        assert await credentials.verify(Given(user, "s3cret"), HOME) is Verdict.WRONG
+        assert await credentials.verify(Given(user, "another"), "198.51.100.9") is Verdict.RIGHT
+
+
+async def test_what_was_right_by_a_hash_that_has_changed_meanwhile_is_wrong_and_is_not_remembered(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+    real = ScryptHash.matches
+
+    def matches(self: ScryptHash, password: str) -> bool:
+        begun.set()
+        go.wait(10)
+        return real(self, password)
+
+    monkeypatch.setattr(ScryptHash, "matches", matches)
+    credentials = make(in_files(tmp_path, {"crm": {"password_hash": CHEAP}}))
+    verifying = asyncio.ensure_future(credentials.verify(Given("crm", "s3cret"), HOME))
+    await eventually(begun.is_set, "the hash to be computed")
+    assert exchange(credentials, hash_password("another"), user="crm")
+    go.set()
+    assert await verifying is Verdict.WRONG
+    assert not credentials.known(Given("crm", "s3cret"), "198.51.100.9")
+
+
+async def test_who_has_read_an_older_one_does_not_take_a_newer_ones_place(make: Make, tmp_path: Path) -> None:
+    credentials = make(in_files(tmp_path, PLAIN))
+    (use,) = credentials.uses()
+    first = use.current()
+    assert exchange(credentials, "second", user="erp")
+    assert not use.take(first, Secret("older"))
+    assert credentials.known(Given("erp", "second"), HOME)
+
+
+async def test_only_what_can_change_is_looked_after(make: Make) -> None:
+    assert list(make(MIXED).uses()) == []
+
+
+async def test_an_unknown_user_costs_as_much_as_the_costliest_hash_also_after_it_has_changed(
+    make: Make, tmp_path: Path, hashed: list[ScryptHash]
+) -> None:
+    credentials = make(in_files(tmp_path, {"crm": {"password_hash": CHEAP}}))
+    await credentials.verify(Given("nobody", "s3cret"), HOME)
+    assert exchange(credentials, DEAR, user="crm")
+    await credentials.verify(Given("nobody", "s3cret"), "198.51.100.9")
+    assert [stored.cost for stored in hashed] == [16, 2**15]

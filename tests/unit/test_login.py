@@ -1,6 +1,7 @@
 """The way in: a wrong password costs one refused login however many wait, and a new one is found where the old one came from."""
 
 import asyncio
+import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,10 +11,9 @@ from typing import Any
 import pytest
 
 from relay.clock import ManualClock
-from relay.config.model import Upstream
-from relay.config.secrets import Secret
+from relay.config.upstreams import Upstream
 from relay.mail.outcome import Outcome, Status
-from relay.upstream import login as login_module
+from relay.upstream import watch
 from relay.upstream.pool import Pool
 from tests.support.eventually import eventually
 from tests.support.upstream import Close, Hang, Hold, ScriptedUpstream
@@ -49,7 +49,8 @@ async def pool_and_ear(**upstreams: Upstream) -> AsyncIterator[tuple[Pool, Ear]]
 
 
 def with_login(server: ScriptedUpstream, password: Any, **keys: Any) -> Upstream:
-    return settings(server, username="acme", password=password, **keys)
+    limits = {"connections": 50, **keys.pop("limits", {})}  # so that nobody waits for a connection, but for his turn to log in
+    return settings(server, username="acme", password=password, limits=limits, **keys)
 
 
 async def send_together(pool: Pool, count: int, name: str = "acme") -> list[Outcome]:
@@ -262,6 +263,22 @@ async def test_a_secret_that_cannot_be_read_again_stays_and_is_told(secret_file:
         assert all_sent(await send_together(pool, 5))
 
 
+async def test_a_secret_whose_file_hangs_costs_its_own_upstream_a_while_and_nobody_else(
+    secret_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "_HANG_SECONDS", 0.1)
+    async with serve(acme=NEW, globex=NEW) as server:
+        upstream, globex = with_login(server, {"file": str(secret_file)}), settings(server, username="globex", password=NEW)
+        secret_file.unlink()
+        os.mkfifo(secret_file)
+        writer = os.open(secret_file, os.O_RDWR)
+        async with pool_and_ear(acme=upstream, globex=globex) as (pool, ear):
+            assert words(await send_together(pool, 5)) == REFUSED * 5
+            assert ear.notes == [("warning", "upstream acme: its secret cannot be read again: it takes longer than 0.1 s")]
+            assert all_sent(await send_together(pool, 5, "globex"))
+        os.close(writer)  # lets the thread end
+
+
 async def test_a_secret_from_the_environment_cannot_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACME", OLD)
     async with serve(acme=NEW) as server, pool_and_ear(acme=with_login(server, {"env": "ACME"})) as (pool, ear):
@@ -270,56 +287,56 @@ async def test_a_secret_from_the_environment_cannot_have_changed(monkeypatch: py
         assert (len(server.logins), ear.notes) == (1, [])
 
 
-# -- the file of a refused secret is watched ---------------------------------------------------------------------------------
+# -- somebody finds another one --------------------------------------------------------------------------------------------------
 
 
-async def test_a_file_is_looked_at_until_it_has_changed(secret_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(login_module, "_LOOK_SECONDS", 0.01)
-    async with serve(acme=NEW) as server, pool_and_ear(acme=with_login(server, {"file": str(secret_file)})) as (pool, ear):
-        assert words(await pool.send("acme", outgoing())) == REFUSED
-        secret_file.unlink()  # as a program does that writes it anew
+async def test_a_secret_that_somebody_else_has_found_is_used_for_new_sessions_and_the_idle_ones_end(secret_file: Path) -> None:
+    async with serve(acme=OLD) as server, pool_and_ear(acme=with_login(server, {"file": str(secret_file)})) as (pool, ear):
+        assert all_sent(await send_together(pool, 3))
+        (use,) = pool.uses()
+        assert use.name == "upstream acme: its secret"
+        change_password(server, "acme", NEW)
         secret_file.write_text(NEW)
-        await eventually(lambda: ear.changed == ["acme"], "the new secret to be noticed")
-        assert len(server.logins) == 1
-        assert all_sent(await send_together(pool, 5))
-        assert [login.password for login in server.logins] == [OLD] + [NEW] * 5
+        old = use.current()
+        assert use.take(old, old.read_again())
+        await eventually(lambda: server.open_connections == 0, "the idle sessions to end")
+        assert ear.changed == ["acme"]
+        assert all_sent(await send_together(pool, 2))
+        assert [login.password for login in server.logins if login.accepted] == [OLD] * 3 + [NEW] * 2
+        assert not [login for login in server.logins if not login.accepted]
 
 
-async def test_nobody_looks_any_more_once_the_secret_works(secret_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(login_module, "_LOOK_SECONDS", 0.01)
+async def test_what_was_read_before_the_secret_in_use_takes_nobodys_place(secret_file: Path) -> None:
     async with serve(acme=NEW) as server, pool_and_ear(acme=with_login(server, {"file": str(secret_file)})) as (pool, ear):
-        assert words(await pool.send("acme", outgoing())) == REFUSED
-        change_password(server, "acme", OLD)
-        assert all_sent(await pool.send("acme", outgoing()))
+        (use,) = pool.uses()
+        old = use.current()
         secret_file.write_text(NEW)
-        timer = pool._logins["acme"]._timer
-        assert timer is not None
-        await eventually(lambda: timer.when() < asyncio.get_running_loop().time() - 0.05, "the last look")
-        assert pool._logins["acme"]._timer is timer
         assert all_sent(await pool.send("acme", outgoing()))
-        assert ear.changed == []
+        assert not use.take(old, old)
+        assert use.current().reveal() == NEW
+        assert ear.changed == ["acme"]
 
 
-@pytest.mark.parametrize("form", ["plain", "command"])
-async def test_only_a_file_is_watched(form: str) -> None:
-    password = OLD if form == "plain" else {"command": ["printf", OLD]}
+@pytest.mark.parametrize("password", [OLD, {"env": "ACME"}])
+async def test_what_cannot_change_is_nobodys_matter(password: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACME", OLD)
     async with serve(acme=NEW) as server, pool_and_ear(acme=with_login(server, password)) as (pool, _):
-        assert words(await pool.send("acme", outgoing())) == REFUSED
-        assert pool._logins["acme"]._timer is None
+        assert list(pool.uses()) == []
 
 
-async def test_a_pool_that_is_closed_looks_at_nothing(secret_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(login_module, "_LOOK_SECONDS", 0.01)
-    async with serve(acme=NEW) as server:
-        async with pool_and_ear(acme=with_login(server, {"file": str(secret_file)})) as (pool, ear):
-            assert words(await pool.send("acme", outgoing())) == REFUSED
-        way = pool._logins["acme"]
-        timer = way._timer
-        assert timer is not None and (timer.cancelled() or timer.when() < asyncio.get_running_loop().time())
-        reading: asyncio.Future[Secret] = asyncio.get_running_loop().create_future()
-        reading.set_result(Secret(NEW))
-        way._looked(reading)  # it was under way
-        assert (way._timer, ear.changed) == (timer, [])
+async def test_who_waits_while_a_new_secret_is_found_does_not_share_the_old_ones_fate(secret_file: Path) -> None:
+    """The refusal is that of a secret which somebody has replaced while it was being read again."""
+    async with serve(acme=NEW) as server, pool_and_ear(acme=with_login(server, {"file": str(secret_file)})) as (pool, _):
+        (use,) = pool.uses()
+        refused = asyncio.Event()
+        server.script("auth", Hold(refused), times=1)
+        sending = asyncio.ensure_future(send_together(pool, 5))
+        await eventually(lambda: bool(server.logins), "the first login")
+        old = use.current()
+        secret_file.write_text(NEW)
+        assert use.take(old, old.read_again())
+        refused.set()
+        assert all_sent(await sending)
 
 
 # -- refusals after the login ------------------------------------------------------------------------------------------------

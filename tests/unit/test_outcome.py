@@ -8,6 +8,7 @@ from relay.mail.outcome import (
     SAYINGS,
     TABLE,
     Failure,
+    Meaning,
     Outcome,
     Phase,
     Scope,
@@ -20,7 +21,8 @@ from relay.mail.outcome import (
 from relay.mail.reply import Reply, parse_reply
 
 TEXTS = ("", "Ok", "Try again later", *(phrases[-1].capitalize() for phrases in SAYINGS.values()))
-ENHANCED = ("", "2.0.0", "4.2.1", "4.3.2", "4.7.0", "4.7.28", "5.1.1", "5.2.252", "5.4.5", "5.7.1", "5.7.60", "5.7", "nonsense")
+ENHANCED = ("", "2.0.0", "4.1.1", "4.2.1", "4.3.2", "4.7.0", "4.7.28", "5.1.1",
+            "5.2.252", "5.3.4", "5.4.5", "5.6.0", "5.7.1", "5.7.60", "5.7", "nonsense")  # fmt: skip
 BEFORE_FINAL = tuple(phase for phase in Phase if phase is not Phase.FINAL)
 SPOKEN = tuple(Phase)[tuple(Phase).index(Phase.GREETING) :]  # nobody replies before
 SETUP = (Phase.RESOLVE, Phase.CONNECT, Phase.TLS, Phase.GREETING, Phase.EHLO, Phase.STARTTLS)
@@ -96,7 +98,7 @@ def test_nothing_but_a_5xx_or_a_lacking_extension_fails_a_message() -> None:
     for phase, reply in product(Phase, replies()):
         assert outcome_of_reply(phase, reply).status is not FAILED or reply.code >= 500
     failed = [(phase, failure) for phase, failure in product(Phase, Failure) if row_for(phase, failure).status is FAILED]
-    assert failed == [(Phase.MAIL, Failure.LACKING)]
+    assert failed == [(Phase.MAIL, Failure.LACKING), (Phase.RCPT, Failure.LACKING)]
 
 
 def test_a_message_in_doubt_is_only_one_without_an_answer() -> None:
@@ -211,6 +213,23 @@ WORDS = [
     (Phase.RCPT, "450 4.2.1 The user is receiving mail too quickly, rate limit", DEFERRED, RECIPIENT, ""),
     (Phase.RCPT, "550 5.2.1 The account is throttled", FAILED, RECIPIENT, ""),
     (Phase.FINAL, "550 5.7.26 This mail is unauthenticated, which poses a security risk", FAILED, MESSAGE, ""),
+    # what speaks of one recipient or message, in words that others could take for more
+    (Phase.RCPT, "550 5.1.1 <you@throttled.example>: Recipient address rejected: User unknown", FAILED, RECIPIENT, ""),
+    (Phase.RCPT, "550 <ratelimit@example.org>: no such user", FAILED, RECIPIENT, ""),
+    (Phase.RCPT, "550 No such user ratelimit@example.org here", FAILED, RECIPIENT, ""),
+    (Phase.RCPT, "451 <throttle@example.org>: try again later", DEFERRED, RECIPIENT, ""),
+    (Phase.FINAL, "550 rejected, sender throttle@acme.example is on our list", FAILED, MESSAGE, ""),
+    (Phase.RCPT, "550 5.1.1 <you@example.org>: undeliverable address: host mx said: 550 Relay access denied", FAILED, RECIPIENT, ""),
+    (Phase.RCPT, "450 4.1.1 <you@example.org>: unverified address: host mx said: 421 Too many connections", DEFERRED, RECIPIENT, ""),
+    (Phase.RCPT, "552 5.7.0 The user has used up his message quota", FAILED, RECIPIENT, ""),
+    (Phase.FINAL, "552 5.3.4 Message size: rate limit of octets exceeded", FAILED, MESSAGE, ""),
+    (Phase.FINAL, "552 Message size exceeds permitted limits", FAILED, MESSAGE, ""),
+    (Phase.FINAL, "554 5.6.0 Message refused: too many messages in one", FAILED, MESSAGE, ""),
+    (Phase.FINAL, "554 5.7.1 Rejected as phishing: reset your app password", FAILED, MESSAGE, ""),
+    (Phase.FINAL, "554 5.7.1 Rejected: spam abuse detected", FAILED, MESSAGE, ""),
+    (Phase.FINAL, "550 5.7.26 This mail is unauthenticated. The sender must authenticate with SPF or DKIM.", FAILED, UPSTREAM, "fallback"),
+    (Phase.FINAL, "550 5.7.1 SPF fail: authentication required", FAILED, UPSTREAM, "fallback"),
+    (Phase.FINAL, "451 4.7.1 DMARC: authentication required", DEFERRED, MESSAGE, ""),
     # Amazon, SendGrid, Zoho
     (Phase.FINAL, "454 Throttling failure: Maximum sending rate exceeded.", DEFERRED, UPSTREAM, "throttled"),
     (Phase.MAIL, "454 Throttling failure: Daily message quota exceeded.", DEFERRED, UPSTREAM, "throttled"),
@@ -220,6 +239,11 @@ WORDS = [
     (Phase.FINAL, "550 The from address does not match a verified Sender Identity.", FAILED, UPSTREAM, "fallback"),
     (Phase.AUTH, "451 Authentication failed: Maximum credits exceeded", DEFERRED, UPSTREAM, "throttled"),
     (Phase.FINAL, "550 5.4.6 Unusual sending activity detected.", DEFERRED, CREDENTIAL, "fallback"),
+    # logins: in these words it is never the recipient or the message
+    (Phase.AUTH, "535 5.7.8 Error: application-specific password required", DEFERRED, CREDENTIAL, "fallback"),
+    (Phase.MAIL, "550 5.7.1 Basic authentication is disabled for this mailbox", DEFERRED, CREDENTIAL, "fallback"),
+    (Phase.RCPT, "550 SMTP AUTH is disabled", DEFERRED, CREDENTIAL, "fallback"),
+    (Phase.AUTH, "504 5.5.4 Unrecognized authentication type", DEFERRED, CREDENTIAL, "fallback"),
     # not what they look like
     (Phase.FINAL, "250 2.0.0 Ok, relay access denied to nobody, throttling off", SENT, MESSAGE, ""),
     (Phase.AUTH, "535 5.7.8 Too many messages from you, rate limit", DEFERRED, CREDENTIAL, "fallback"),
@@ -229,6 +253,46 @@ WORDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("phase", "event", "meaning"),
+    [
+        (Phase.MAIL, Reply(530, "5.7.0", "Must issue a STARTTLS command first"), Meaning.TLS_NEEDED),
+        (Phase.AUTH, Reply(538, "5.7.11", "Encryption required for requested authentication mechanism"), Meaning.TLS_NEEDED),
+        (Phase.MAIL, Reply(530, "5.7.0", "Authentication required"), Meaning.AUTH_NEEDED),
+        (Phase.AUTH, Reply(535, "5.7.8", "Authentication credentials invalid"), Meaning.CREDENTIAL),
+        (Phase.AUTH, Reply(554, "", "no"), Meaning.CREDENTIAL),
+        (Phase.AUTH, Reply(534, "5.7.9", "too weak"), Meaning.MECHANISM),
+        (Phase.AUTH, Reply(504, "5.5.4", "Unrecognized"), Meaning.MECHANISM),
+        (Phase.AUTH, Reply(502, "5.5.1", "Command not implemented"), Meaning.MECHANISM),
+        (Phase.AUTH, Failure.LACKING, Meaning.MECHANISM),
+        (Phase.AUTH, Reply(534, "5.7.9", "Application-specific password required"), Meaning.APP_PASSWORD),
+        (Phase.AUTH, Reply(535, "5.7.139", "basic authentication is disabled"), Meaning.AUTH_DISABLED),
+        (Phase.MAIL, Reply(550, "5.7.30", "Basic authentication is not supported for Client Submission"), Meaning.AUTH_DISABLED),
+        (Phase.RCPT, Reply(554, "5.7.1", "Relay access denied"), Meaning.RELAYING),
+        (Phase.MAIL, Reply(553, "5.7.1", "not you"), Meaning.SENDER),
+        (Phase.FINAL, Reply(554, "", "Email address is not verified"), Meaning.SENDER),
+        (Phase.FINAL, Reply(550, "5.7.501", "Access denied, spam abuse detected"), Meaning.ACCOUNT),
+        (Phase.MAIL, Reply(421, "4.7.0", "later"), Meaning.THROTTLED),
+        (Phase.FINAL, Reply(454, "", "Throttling failure: Maximum sending rate exceeded"), Meaning.THROTTLED),
+        (Phase.FINAL, Reply(454, "", "Throttling failure: Daily message quota exceeded"), Meaning.QUOTA),
+        (Phase.DATA, Reply(421, "", "hourly limit reached"), Meaning.QUOTA),
+        (Phase.RCPT, Reply(550, "5.1.1", "nobody"), Meaning.OTHER),
+        (Phase.CONNECT, Failure.UNREACHABLE, Meaning.OTHER),
+    ],
+)
+def test_a_row_says_what_to_look_at(phase: Phase, event: Reply | Failure, meaning: Meaning) -> None:
+    assert row_for(phase, event).meaning is meaning
+
+
+def test_a_meaning_goes_with_its_fate() -> None:
+    """So that what a person is told to do is what the relay waits for."""
+    for row in TABLE:
+        assert row.throttled == (row.meaning in (Meaning.THROTTLED, Meaning.QUOTA)) or row.in_doubt, row
+        assert row.meaning is not Meaning.SENDER or (row.scope, row.fallback) == (UPSTREAM, True), row
+        if row.meaning in (Meaning.CREDENTIAL, Meaning.APP_PASSWORD, Meaning.AUTH_DISABLED, Meaning.AUTH_NEEDED, Meaning.ACCOUNT):
+            assert (row.status, row.scope, row.fallback) == (DEFERRED, CREDENTIAL, True), row
+
+
 @pytest.mark.parametrize(("phase", "said", "status", "scope", "then"), WORDS, ids=[said for _, said, *_ in WORDS])
 def test_the_words_of_real_servers_are_understood(phase: Phase, said: str, status: Status, scope: Scope, then: str) -> None:
     outcome = outcome_of_reply(phase, parse_reply([said.encode()]))
@@ -236,14 +300,20 @@ def test_the_words_of_real_servers_are_understood(phase: Phase, said: str, statu
     check_laws(outcome)
 
 
+def test_what_is_no_reply_is_repeated_safely_and_not_at_length() -> None:
+    text = outcome_of_failure(Phase.GREETING, Failure.NONSENSE, "not a reply: \x1b[2J\r\n250 " + 9000 * "x").reply.text
+    assert text.startswith("not a reply:  [2J 250 x") and text.isprintable() and len(text) < 3000
+
+
 def test_each_phrase_is_heard_in_any_case_and_decides() -> None:
-    """With codes that alone would say something else."""
+    """With codes that alone would say something else, or the one code that the saying is about."""
     for saying, phrases in SAYINGS.items():
         rows = [row for row in TABLE if not isinstance(row.event, Failure) and row.event[2] == saying]
         assert rows
         for phrase, text in product(phrases, ("{}", "<a@b.c>: {}, sorry", "go away: {}")):
             assert phrase == phrase.lower()
-            assert row_for(Phase.DATA, Reply(550, "", text.format(phrase.upper()))) in rows, phrase
+            code = 530 if saying == "STARTTLS first" else 550
+            assert row_for(Phase.MAIL, Reply(code, "", text.format(phrase.upper()))) in rows, phrase
 
 
 def test_each_row_decides_something() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from relay.config.model import Upstream
+from relay.config.upstreams import Upstream
 from relay.mail.header import Scan, scan
 from relay.mail.permission import objection, report_author, user_objection
 

@@ -1,11 +1,17 @@
 """The pool: who shares a session with whom, which one is used again, and what happens to one that has gone stale."""
 
 import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from relay.clock import ManualClock
+from relay.config.providers import PROVIDERS, Provider
+from relay.config.upstreams import Upstream
 from relay.mail.outcome import Status
 from relay.upstream import pool as pool_module
 from relay.upstream import wire as wire_module
@@ -80,6 +86,86 @@ async def test_idle_sessions_are_closed_with_quit_after_their_time(monkeypatch: 
         assert [c.verbs[-1] for c in server.connections] == ["QUIT", "QUIT"]
         assert all_sent(await pool.send("acme", outgoing()))
         await pool.close()
+
+
+@pytest.mark.parametrize(
+    ("keys", "provider_seconds", "seconds"),
+    [({}, 9.0, 20.0), ({"provider": "generic"}, 9.0, 6.0), ({"provider": "generic"}, 30.0, 20.0), ({"provider": "generic"}, 600.0, 60.0)],
+)
+async def test_idle_sessions_are_closed_before_the_provider_does(
+    monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], provider_seconds: float, seconds: float
+) -> None:
+    monkeypatch.setattr(pool_module, "_SWEEP_SECONDS", 0.005)
+    monkeypatch.setitem(PROVIDERS, "generic", Provider({}, idle_seconds=provider_seconds))
+    clock = ManualClock()
+    async with ScriptedUpstream() as server:
+        pool = Pool({"acme": settings(server, **keys)}, hostname="relay.example.net", clock=clock)
+        for number in range(3):
+            assert all_sent(await pool.send("acme", outgoing()))
+            assert len(server.connections) == 1, "it was used again"
+            clock.advance(seconds - 0.1 if number < 2 else seconds)
+        await eventually(lambda: server.open_connections == 0, "the session to be closed")
+        assert server.connections[0].verbs[-1] == "QUIT"
+        await pool.close()
+
+
+@pytest.mark.parametrize("farewell", [b"", b"421 4.4.2 mx.acme.example Error: timeout exceeded\r\n"])
+async def test_an_upstream_that_closes_idle_sessions_early_teaches_to_be_earlier(monkeypatch: pytest.MonkeyPatch, farewell: bytes) -> None:
+    monkeypatch.setattr(pool_module, "_SWEEP_SECONDS", 0.005)
+    clock, closing = ManualClock(), asyncio.Event()
+    ends: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 short.test\r\n")
+        for answer in (b"250 short.test\r\n", b"250 Ok\r\n", b"250 Ok\r\n", b"354 Go on\r\n"):
+            await reader.readline()
+            writer.write(answer)
+        while await reader.readline() != b".\r\n":
+            pass
+        writer.write(b"250 Ok\r\n")
+        asking, idle = asyncio.ensure_future(reader.readline()), asyncio.ensure_future(closing.wait())
+        await asyncio.wait([asking, idle], return_when=asyncio.FIRST_COMPLETED)
+        idle.cancel()
+        writer.write(farewell if not asking.done() else b"221 Bye\r\n")
+        writer.close()
+        ends.append(await asking)
+
+    async with raw_server(serve) as upstream:
+        pool = Pool({"acme": upstream}, hostname="relay.example.net", clock=clock)
+        for idle_seconds, end, over in ((0.5, b"", True), (9.0, b"", True), (6.0, b"QUIT\r\n", False)):
+            closing.clear()
+            assert all_sent(await pool.send("acme", outgoing()))
+            clock.advance(idle_seconds)
+            if over:
+                closing.set()
+            await eventually(lambda: not pool._idle.get("acme"), "the session to be gone")
+            await eventually(lambda: len(ends) and not pool._leaving, "its connection to be closed")
+            assert ends.pop() == end
+        assert pool._patience_seconds("acme") == 6.0
+        clock.advance(3600.0)
+        assert pool._patience_seconds("acme") == IDLE_SECONDS, "it may have been a restart"
+        await pool.close()
+
+
+@pytest.mark.parametrize(
+    ("limits", "messages", "recipients"),
+    [
+        ("LIMITS MAILMAX=2 RCPTMAX=7", 2, 7),
+        ("LIMITS rcptmax=20 RCPTDOMAINMAX=5", 3, 20),
+        ("LIMITS MAILMAX=9", 3, 0),
+        ("LIMITS MAILMAX=0 RCPTMAX=many FUTURE", 3, 0),
+        ("LIMITS", 3, 0),
+    ],
+)
+async def test_what_an_upstream_says_of_its_limits_is_kept(limits: str, messages: int, recipients: int) -> None:
+    """RFC 9422."""
+    async with ScriptedUpstream(offers=(limits,)) as server:
+        async with pool_to(acme=settings(server, limits={"messages_per_connection": 3})) as pool:
+            assert pool.recipients_limit("acme") == 0
+            for _ in range(6):
+                assert all_sent(await pool.send("acme", outgoing()))
+            assert pool.recipients_limit("acme") == recipients
+        assert [t.connection for t in server.accepted] == [number // messages + 1 for number in range(6)]
 
 
 @pytest.mark.parametrize("when", ["while idle", "at MAIL", "with 421 at MAIL", "with RST at MAIL"])
@@ -159,6 +245,100 @@ async def test_nothing_is_retried_once_mail_was_answered() -> None:
         assert words(await pool.send("acme", outgoing())) == ["deferred upstream final in_doubt"]
         assert len(server.connections) == 2
         assert len(server.transactions) == 4
+
+
+@pytest.mark.parametrize("reply", [b"421 mx.acme.example closing", b"421-4.4.2 idle\r\n421 4.4.2 for too long", b"421 4.3.2 Shutting down"])
+@pytest.mark.parametrize("offers", [(), ("CHUNKING",)])
+async def test_421_in_any_form_at_a_session_that_was_used_is_no_failure(offers: tuple[str, ...], reply: bytes) -> None:
+    async with ScriptedUpstream(offers=offers) as server, pool_to(acme=settings(server)) as pool:
+        for number in range(3):
+            assert all_sent(await pool.send("acme", outgoing()))
+            server.script("mail", reply, connection=number + 1)
+        assert [t.connection for t in server.accepted] == [1, 2, 3]
+
+
+async def test_after_one_stale_session_the_others_are_not_tried_as_well() -> None:
+    async with ScriptedUpstream() as server, pool_to(acme=settings(server)) as pool:
+        hold = asyncio.Event()
+        server.script("final", Hold(hold), times=3)
+        sending = [asyncio.ensure_future(pool.send("acme", outgoing())) for _ in range(3)]
+        await eventually(lambda: sum(t.complete for t in server.transactions) == 3, "three transactions under way")
+        hold.set()
+        await asyncio.gather(*sending)
+        for number in (1, 2, 3):
+            server.script("mail", b"421 4.4.2 idle for too long", connection=number)
+        for _ in range(3):
+            assert all_sent(await pool.send("acme", outgoing()))
+        assert len(server.accepted) == 6
+        assert sum(c.verbs.count("MAIL") for c in server.connections) == 7, "one of the stale ones was asked, and then a new one"
+
+
+# -- hosts -----------------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def two_hosts(first: ScriptedUpstream, second: ScriptedUpstream) -> AsyncIterator[Upstream]:
+    """An upstream with two hosts: names for two servers that share a port, on two addresses."""
+    first.host, second.host = "127.0.0.1", "127.0.0.2"
+    async with first:
+        second.port = first.port
+        async with second:
+            yield settings(first, host=["127.0.0.1", "127.0.0.2"], limits={"messages_per_connection": 1})
+
+
+@pytest.mark.parametrize(
+    ("phase", "action"),
+    [
+        ("down", None),
+        ("connect", Close()),
+        ("greeting", b"421 4.3.2 down for maintenance"),
+        ("greeting", b"554 5.3.2 not here"),
+        ("ehlo", b"451 4.3.0 later"),
+        ("starttls", b"454 4.3.0 TLS not available"),
+        ("tls", Close()),
+        ("tls", "untrusted"),
+    ],
+    ids=str,
+)
+async def test_the_next_host_takes_the_mail_and_the_one_that_failed_is_left_alone(tls: Authority, phase: Any, action: Any) -> None:
+    clock, notes = ManualClock(time.time()), list[str]()
+    stranger = tls.stranger().server
+    first = ScriptedUpstream(security="starttls", tls=stranger if action == "untrusted" else tls.server)
+    second = ScriptedUpstream(security="starttls", tls=tls.context("127.0.0.2"))
+    async with two_hosts(first, second) as upstream:
+        upstream = upstream.model_copy(update={"security": "starttls", "ca_file": tls.ca_file})
+        pool = Pool({"acme": upstream}, hostname="relay.example.net", clock=clock, note=lambda _, what: notes.append(what))
+        if phase == "down":
+            await first.stop()
+        elif action != "untrusted":
+            first.script(phase, action)
+        for _ in range(3):
+            assert all_sent(await pool.send("acme", outgoing()))
+        assert (len(second.accepted), len(first.accepted)) == (3, 0)
+        assert len(first.connections) == (0 if phase == "down" else 1), "it was asked once"
+        (note,) = (note for note in notes if "fails" in note)
+        assert "127.0.0.1" in note
+        if action == "untrusted":
+            first._offer = replace(first._offer, tls=tls.server)
+        first.heal()
+        if phase == "down":
+            await first.start()
+        clock.advance(300)
+        for _ in range(2):
+            assert all_sent(await pool.send("acme", outgoing()))
+        assert len(first.accepted) == 2
+        assert notes[-1] == "upstream acme: 127.0.0.1 works again"
+        await pool.close()
+
+
+async def test_a_host_that_is_asked_last_is_asked_when_the_others_fail() -> None:
+    first, second = ScriptedUpstream(), ScriptedUpstream()
+    async with two_hosts(first, second) as upstream, pool_to(acme=upstream) as pool:
+        first.script("greeting", b"421 4.3.2 down", times=1)
+        assert all_sent(await pool.send("acme", outgoing()))
+        second.script("greeting", b"421 4.3.2 down")
+        assert all_sent(await pool.send("acme", outgoing()))
+        assert [len(first.accepted), len(second.accepted)] == [1, 1]
 
 
 # -- RSET ------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from relay.clock import Clock, ManualClock, SystemClock
 from relay.config.model import Config
 from relay.delivery import scheduler as module
 from relay.delivery import settle as settle_module
+from relay.delivery import timeline
 from relay.delivery.attempt import Result, untried
 from relay.delivery.breaker import Breakers
 from relay.delivery.scheduler import Scheduler
@@ -24,7 +25,7 @@ from relay.mail.outcome import Outcome, Phase, outcome_of_reply
 from relay.mail.reply import Reply
 from relay.observe.metrics import Metrics
 from relay.routing import Router
-from relay.spool.base import Claim, Content, Draft, Lane, MessageId, Next, Selection, Settlement, SpoolError
+from relay.spool.base import Claim, Content, Draft, Lane, MessageId, Next, Selection, Settlement, SpoolError, Used
 from relay.spool.memory import MemorySpool
 from tests.support.eventually import eventually
 from tests.unit.delivery import ROUTES, SENT, Log, config_of
@@ -52,6 +53,10 @@ class CountingSpool(MemorySpool):
         self._count("next_due")
         return await super().next_due()
 
+    async def used(self) -> Sequence[Used]:
+        self._count("used")
+        return await super().used()
+
     async def settle(self, settlement: Settlement) -> None:
         self._count("settle")
         await super().settle(settlement)
@@ -75,6 +80,10 @@ class FakeAttempts:
         self.tried: list[tuple[MessageId, Lane, bool]] = []
         self.active: Counter[str] = Counter()
         self.most_active: Counter[str] = Counter()
+        self.riding: set[str] = set()
+
+    def rides(self, upstream: str) -> bool:
+        return upstream in self.riding
 
     def hang(self, upstream: str) -> asyncio.Event:
         self.gates[upstream] = asyncio.Event()
@@ -113,6 +122,7 @@ class House:
         self.build(self.config)
 
     def build(self, config: Config) -> None:
+        self.config = config
         journal, clock, metrics = self.log.journal, self.clock, Metrics()
         self.breakers = Breakers(config.retry, journal, metrics, clock)
         settler = Settler(config, Router(config), self.spool, journal, clock, rng=Random(1), breakers=self.breakers, metrics=metrics)
@@ -182,6 +192,18 @@ async def quick(tmp_path: Path) -> AsyncIterator[House]:
 
 
 # -- slots -----------------------------------------------------------------------------------------------------------------
+
+
+async def test_where_messages_ride_twice_as_many_attempts_as_connections_are_under_way(house: House) -> None:
+    house.attempts.riding.add("acme")
+    gate = house.attempts.hang("acme")
+    await house.put(*[ACME] * 30)
+    house.serve()
+    await house.turns()
+    assert house.attempts.most_active["acme"] == 4
+    gate.set()
+    await house.turns()
+    assert len(house.attempts.tried) == 30
 
 
 async def test_an_upstream_gets_no_more_attempts_at_once_than_it_has_slots(house: House) -> None:
@@ -385,7 +407,7 @@ async def test_a_bounce_is_attempted_too(house: House) -> None:
 async def test_the_timeline_does_not_collect_times_that_are_no_longer_true(house: House) -> None:
     for number in range(20_000):
         house.scheduler.wake(ACME, house.clock.now() + 1e6 - number)
-    assert len(house.scheduler._timeline) < 2 * module._HINTS_LIMIT
+    assert len(house.scheduler._timeline) < 2 * timeline._HINTS_LIMIT
 
 
 # -- throttling ------------------------------------------------------------------------------------------------------------
@@ -405,9 +427,8 @@ async def test_a_request_to_slow_down_stops_the_upstream_for_a_while_and_nobody_
     await house.advance(55)
     assert Counter(house.attempts.lanes())[ACME] == first
     house.attempts.answers["acme"] = SENT
-    for _ in range(5):
+    for _ in range(60):
         await house.advance(5)
-    await house.turns(300)
     assert Counter(house.attempts.lanes())[ACME] == first + 40
     assert await house.spool.next_due() == {}
 
@@ -422,9 +443,10 @@ async def test_what_waited_for_a_slot_when_the_upstream_asked_to_slow_down_goes_
     await house.turns(100)
     assert len(house.attempts.tried) == 2
     house.attempts.answers["acme"] = SENT
-    await house.advance(60)
-    await house.turns(100)
-    assert len({tried[0] for tried in house.attempts.tried}) == 6, "without waiting for the next look into the spool"
+    house.scheduler._refresh_at = house.clock.monotonic() + 1000  # nobody looks into the spool meanwhile
+    for _ in range(20):
+        await house.advance(6)
+    assert len({tried[0] for tried in house.attempts.tried}) == 6
     attempts = {entry.id: entry.attempt for entry in house.spool.log if entry.status == "sent"}
     assert set(attempts.values()) == {1}
 
@@ -616,11 +638,11 @@ async def test_what_a_new_secret_frees_is_due_at_once_and_what_is_held_stays(hou
 async def test_mail_that_cannot_be_brought_forward_stops_no_other_and_is_tried_again_soon(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def fail(_: Selection) -> None:
+    async def fail(_: Lane) -> None:
         raise SpoolError("disk on fire")
 
-    works = house.spool.reschedule
-    monkeypatch.setattr(house.spool, "reschedule", fail)
+    works = house.spool.hasten
+    monkeypatch.setattr(house.spool, "hasten", fail)
     house.serve()
     await house.put(ACME, due=house.clock.now() + 10_000)
     house.scheduler.secret_changed("acme")
@@ -629,7 +651,7 @@ async def test_mail_that_cannot_be_brought_forward_stops_no_other_and_is_tried_a
         await house.put(GLOBEX, told=True)
         await house.turns()
     assert house.attempts.lanes() == [GLOBEX] * 3
-    monkeypatch.setattr(house.spool, "reschedule", works)
+    monkeypatch.setattr(house.spool, "hasten", works)
     await house.advance(5)
     assert house.attempts.lanes() == [GLOBEX] * 3 + [ACME]
     assert len(house.log.events("fault")) == 1
@@ -644,13 +666,13 @@ async def test_when_many_upstreams_come_back_at_once_the_mail_of_others_goes_on_
     asked: list[str] = []
     gate = asyncio.Event()
 
-    async def reschedule(selection: Selection) -> Sequence[Next]:
-        asked.append(selection.upstream)
+    async def hasten(lane: Lane) -> bool:
+        asked.append(lane.upstream)
         await gate.wait()
         gate.clear()
-        return []
+        return False
 
-    monkeypatch.setattr(house.spool, "reschedule", reschedule)
+    monkeypatch.setattr(house.spool, "hasten", hasten)
     await house.put(*(Lane(name, name) for name in names[:3]), due=house.clock.now() + 10_000)
     house.serve()
     for name in names:
@@ -675,7 +697,7 @@ def test_ten_thousand_lanes_of_one_upstream_become_due_in_no_time(tmp_path: Path
         begun = perf_counter()
         house.scheduler._collect()
         spent = perf_counter() - begun
-        assert len(house.scheduler._ready["acme"].ready) == 10_000
+        assert len(house.scheduler._slots["acme"].ready) == 10_000
         await close(house)
         return spent
 
@@ -700,9 +722,8 @@ async def test_upstreams_with_nothing_due_are_not_looked_at(house: House) -> Non
     await house.put(ACME, told=True)
     await house.turns(100)
     assert len(house.attempts.tried) == 4
-    assert len(house.scheduler._ready) <= 4
-    await house.advance(60)
-    assert house.scheduler._ready == {}
+    assert len(house.scheduler._slots) == 4
+    assert house.scheduler._asking == {}
 
 
 @pytest.mark.parametrize("others", [ACME, GLOBEX])

@@ -1,6 +1,7 @@
 """Secrets come from where the file says, and are seen nowhere on the way."""
 
 import logging
+import os
 import pickle
 import sys
 import traceback
@@ -22,6 +23,7 @@ def vault(tmp_path: Path) -> Path:
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     (tmp_path / "large").write_bytes(b"x" * 70_000)
     (tmp_path / "directory").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     return tmp_path
 
 
@@ -58,6 +60,8 @@ def test_a_secret_comes_from_its_source(source: Any, value: str, vault: Path) ->
         ({"file": "binary"}, "is not UTF-8 text"),
         ({"file": "large"}, "is too large for a secret"),
         ({"file": "a\0b"}, "not a usable file name"),
+        ({"file": "pipe"}, "is empty"),
+        ({"file": "~relay-no-such-user/x"}, "No such file or directory"),
         ({"credential": "../plain"}, "must be a name, not a path"),
         ({"credential": "missing"}, "No such file or directory"),
         ({"command": "pass show x"}, "must be a list of words"),
@@ -66,7 +70,9 @@ def test_a_secret_comes_from_its_source(source: Any, value: str, vault: Path) ->
         ({"command": [sys.executable, "-c", "print('hunter2'); raise SystemExit('hunter2')"]}, "failed with exit code 1"),
         ({"command": [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]}, "was killed by signal 9"),
         ({"command": ["true"]}, "is empty"),
-        ({"encrypted": "hunter2"}, "not available yet"),
+        ({"command": ["yes", "hunter2"]}, "the command yes prints too much for a secret"),
+        ({"encrypted": "hunter2"}, "there is no key"),
+        ({"encrypted": ["hunter2"]}, "must be a text from `relay secret encrypt`"),
         ({"hunter2": None}, "must be text, or one of"),
         ({"env": "PASSWORD", "file": "plain"}, "must be text, or one of"),
         (["hunter2"], "must be text, or one of"),
@@ -168,7 +174,19 @@ def test_a_secret_that_was_read_again_is_as_shy_as_before(vault: Path) -> None:
         pickle.dumps(again)
 
 
-@pytest.mark.parametrize(("source", "expected"), [({"file": "line"}, True), ({"credential": "line"}, True), (VALUE, False)])
-def test_only_files_are_cheap_to_look_at(source: Any, expected: bool, vault: Path) -> None:
-    assert resolve(source, {"CREDENTIALS_DIRECTORY": str(vault)}, base=vault).is_in_file is expected
-    assert not resolve({"command": ["cat", str(vault / "line")]}, {}).is_in_file
+@pytest.mark.parametrize(
+    ("source", "changes", "path"),
+    [
+        ({"file": "line"}, True, "line"),
+        ({"credential": "line"}, True, "line"),
+        ({"command": ["printf", "hunter2"]}, True, None),
+        ({"env": "PASSWORD"}, False, None),
+        ({"encrypted": "hunter2"}, False, None),
+        (VALUE, False, None),
+    ],
+)
+def test_a_secret_says_whether_it_can_change_and_where(source: Any, changes: bool, path: str | None, vault: Path) -> None:
+    environ = {"CREDENTIALS_DIRECTORY": str(vault), "PASSWORD": VALUE}
+    secret = resolve(source, environ, base=vault, decrypt=lambda text: text)
+    assert (secret.can_change, secret.path) == (changes, vault / path if path else None)
+    assert secret.read_again().path == secret.path

@@ -406,13 +406,11 @@ async def test_a_refused_login_is_told_also_when_the_first_recipient_had_another
     ]
 
 
-async def test_throttling_is_an_event_of_its_own_and_degrades_nothing(house: House) -> None:
+async def test_throttling_degrades_nothing(house: House) -> None:
     claim = await house.claim("a@example.org", "b@example.org")
     (due,) = await house.settle(claim, {"a@example.org": GREYLISTED, "b@example.org": THROTTLED})
     assert due.lane == LANE
     assert not due.counted
-    (event,) = house.log.events("throttled")
-    assert (event["upstream"], event["reply"]) == ("acme", "454 4.7.0 slow down")
     assert house.log.events("degraded") == []
 
 

@@ -505,7 +505,9 @@ async def test_what_goes_on_at_once_does_not_wait_for_company(spool: SqliteSpool
     ("statement", "plan"),
     [
         (sql.CLAIMABLE, "SEARCH message USING INDEX waiting (upstream=? AND route=? AND <expr>=? AND due<?)"),
-        (sql.NEXT_DUE, "SCAN message USING INDEX waiting"),
+        (sql.FURTHER_ROUTES, "SEARCH message USING INDEX waiting (upstream=? AND route>?)"),
+        (sql.FURTHER_UPSTREAMS, "SEARCH message USING INDEX waiting (upstream>?)"),
+        (sql.FIRST_RETRIED, "SEARCH message USING INDEX waiting (upstream=? AND route=? AND <expr>=?)"),
         (sql.OVERDUE, "SEARCH message USING INDEX held (due<?)"),
         (sql.MESSAGE, "SEARCH message USING INTEGER PRIMARY KEY"),
         (sql.SHARING, "SEARCH message USING COVERING INDEX sharing (content=?)"),

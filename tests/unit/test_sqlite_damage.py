@@ -11,7 +11,7 @@ import pytest
 from relay.clock import ManualClock
 from relay.spool import sqlite_claims, sqlite_verbs
 from relay.spool import sqlite_schema as sql
-from relay.spool.base import EVERYTHING, Claim, Draft, Lane, LeaseLost, MessageId, Next, Selection, SpoolError
+from relay.spool.base import EVERYTHING, Claim, Draft, Lane, LeaseLost, MessageId, Next, Selection, SpoolError, Used
 from relay.spool.records import number_of
 from relay.spool.sqlite import SqliteSpool
 from relay.spool.sqlite_claims import Lease, Place
@@ -121,6 +121,29 @@ async def test_what_became_of_a_message_is_stored_once_whatever_is_damaged_aroun
         assert {queued.held for queued in view.queued(Selection(state="held"))} == {sql.STUCK}
     assert len(drafts) == 60
     await spool.close()
+
+
+async def test_damage_in_what_is_known_of_quotas_keeps_no_mail_from_its_end(attic: Attic) -> None:
+    drafts = await attic.fill(4)
+    used = Used("upstream-with-a-quota", 3600, int(attic.clock.now()), 1, 1)
+    spool = attic.open()
+    claims = await spool.claim(LANE, 100)
+    await spool.settle(settlement(claims[0])._replace(used=(used,)))
+    assert await spool.used() == [used]
+    await spool.close()
+    attic.damage("upstream-with-a-quota")
+    spool = attic.open()
+    assert await spool.used() == []
+    attic.clock.advance(3600)
+    claims = await spool.claim(LANE, 100)
+    assert len(claims) == 3
+    for claim in claims[:2]:
+        await spool.settle(settlement(claim)._replace(used=(used,)))
+    await spool.settle(settlement(claims[2], DEFERRED, then=Next(attic.clock.now(), LANE))._replace(used=(used,)))
+    await spool.close()
+    with closing(attic.view()) as view:
+        assert [entry.id for entry in view.log(Selection(state="sent"))] == [each.id for each in drafts[:3]]
+        assert [queued.id for queued in view.queued()] == [drafts[3].id]
 
 
 async def test_what_is_damaged_while_it_is_attempted_is_not_settled_for_ever(attic: Attic) -> None:

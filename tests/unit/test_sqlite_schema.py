@@ -14,7 +14,7 @@ import pytest
 from relay.clock import ManualClock
 from relay.mail.envelope import Origin, Recipient, Summary
 from relay.spool import sqlite_schema as sql
-from relay.spool.base import EVERYTHING, FILE_ABOVE_BYTES, Claim, Lane, Selection
+from relay.spool.base import EVERYTHING, FILE_ABOVE_BYTES, Claim, Lane, Selection, Used
 from relay.spool.sqlite import SqliteSpool
 from relay.spool.sqlite_view import SqliteView
 from tests.contract.drafts import LANE, OTHER_LANE, octets_of, settlement, stored_files
@@ -150,14 +150,42 @@ async def test_held_mail_ends_after_four_days_but_never_within_a_day_of_the_upgr
     await spool.close()
 
 
-def test_an_upgraded_database_is_the_same_as_a_new_one(first: Path, tmp_path: Path) -> None:
+def second_of(directory: Path) -> Path:
+    """The same directory, as the relay left it that had no table for quotas yet."""
+    sql.open_database(directory / sql.DATABASE, now=WRITTEN).close()
+    with closing(apsw.Connection(str(directory / sql.DATABASE))) as database:
+        database.execute("DROP TABLE used")
+        database.pragma("user_version", 2)
+    return directory
+
+
+async def test_the_spool_of_the_second_relay_is_shown_and_brought_up_to_date(first: Path, clock: ManualClock) -> None:
+    second = second_of(first)
+    with closing(SqliteView(second, clock)) as view:
+        assert len([*view.queued()]) == 15
+        assert len([*view.log()]) == 7
+    spool = opened(second, clock)
+    assert await spool.used() == []
+    claims = [*(await claim_all(spool)).values()]
+    used = Used("acme", 86400, int(clock.now()), 1, 1)
+    for claim in claims:
+        await spool.settle(settlement(claim)._replace(used=(used,)))
+    await spool.close()
+    spool = opened(second, clock)
+    assert await spool.used() == [used._replace(transactions=len(claims), recipients=len(claims))]
+    await spool.close()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_upgraded_database_is_the_same_as_a_new_one(first: Path, tmp_path: Path, version: int) -> None:
     shapes = []
-    for path in (first / sql.DATABASE, tmp_path / "new.db"):
+    old = first if version == 1 else second_of(first)
+    for path in (old / sql.DATABASE, tmp_path / "new.db"):
         with closing(sql.open_database(path, now=WRITTEN)) as database:
             indexes = set(database.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'index'"))
             columns = [
                 (table, *column[1:])
-                for table in ("message", "content", "log")
+                for table in ("message", "content", "log", "used")
                 for column in database.execute(f"PRAGMA table_info({table})")
             ]
             shapes.append((indexes, columns, database.pragma("user_version"), database.pragma("auto_vacuum")))

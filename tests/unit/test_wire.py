@@ -188,6 +188,41 @@ async def test_what_comes_behind_the_last_reply_that_was_asked_for_ends_the_conn
     assert wire.lost is not None
 
 
+async def test_commands_sent_ahead_have_their_replies_behind_those_that_are_awaited() -> None:
+    wire, transport = connected()
+    task = await asked(wire)
+    wire.write_ahead(b"MAIL\r\nRCPT\r\n", replies=2)
+    assert transport.written == b"MAIL\r\nRCPT\r\n"
+    wire.data_received(b"250 taken\r\n250 mail\r\n25")
+    assert await task == [[b"250 taken"]]
+    wire.data_received(b"0 rcpt\r\n")
+    wire.come_up()
+    assert await wire.replies(2, timeout_seconds=1) == [[b"250 mail"], [b"250 rcpt"]]
+    assert wire.lost is None
+
+
+@pytest.mark.parametrize("more", [b"250 another\r\n", b"4"])
+async def test_more_replies_than_to_what_was_sent_ahead_end_the_connection(more: bytes) -> None:
+    wire, _ = connected()
+    task = await asked(wire)
+    wire.write_ahead(b"MAIL\r\n", replies=1)
+    wire.data_received(b"250 taken\r\n250 mail\r\n" + more)
+    assert await task == [[b"250 taken"]]
+    assert wire.lost is not None
+
+
+async def test_what_was_sent_ahead_is_without_reply_when_the_connection_ends_before() -> None:
+    wire, _ = connected()
+    task = await asked(wire)
+    wire.write_ahead(b"MAIL\r\n", replies=1)
+    wire.data_received(b"250 taken\r\n")
+    wire.connection_lost(None)
+    assert await task == [[b"250 taken"]]
+    wire.come_up()
+    with pytest.raises(Broken, match="closed the connection"):
+        await wire.replies(1, timeout_seconds=1)
+
+
 @pytest.mark.parametrize("piece", [b"x" * 1000, b"250-" + b"x" * 1000 + b"\r\n"])
 async def test_a_reply_without_end_is_not_collected(piece: bytes) -> None:
     wire, transport = connected()
