@@ -10,7 +10,7 @@ import asyncio
 import errno
 import math
 import os
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Container, Mapping
 from typing import NamedTuple
 
 from relay.clock import Clock
@@ -111,9 +111,10 @@ class Attempts:
             outcome = outcome_of_failure(Phase.FINAL, Failure.CLOSED, "local error while delivering, see the log")
             return Result({r.address: outcomes.get(r.address, outcome) for r in claim.envelope.recipients})
 
-    def rides(self, upstream: str) -> bool:
-        """Whether messages ride behind others there (`upstream.rides`), so that more attempts than connections are of use."""
-        return self._pool.rides(upstream)
+    @property
+    def riding(self) -> Container[str]:
+        """The upstreams where messages ride behind others (`upstream.rides`), so that more attempts than connections are of use."""
+        return self._pool.riding
 
     def _target(self, claim: Claim) -> tuple[Route | None, Next | None]:
         """The route that takes the message now, and where it must go first, if not to the lane it is in."""

@@ -10,7 +10,6 @@ uses up its own slots and nothing else; one that has nothing due, or may not be 
 import asyncio
 import heapq
 from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
-from functools import partial
 from itertools import islice
 from math import inf
 from typing import Any
@@ -279,7 +278,7 @@ class Scheduler:
     def _slots_of(self, upstream: str) -> Slots:
         if (slots := self._slots.get(upstream)) is None:
             most = self._upstreams[upstream].limits.connections if upstream in self._upstreams else _ORPHAN_SLOTS
-            slots = self._slots[upstream] = Slots(upstream, most, self._paces.of(upstream), partial(self._attempts.rides, upstream))
+            slots = self._slots[upstream] = Slots(upstream, most, self._paces.of(upstream), self._attempts.riding)
         return slots
 
     def _room(self, slots: Slots) -> int:

@@ -4,7 +4,7 @@ State: counts, the claims that wait for a slot, and the lanes with due mail. Dec
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Container
 from dataclasses import dataclass, field
 from math import inf
 
@@ -23,15 +23,11 @@ _MINUTE_SECONDS = 60.0
 _NO_TRANSACTION = (Phase.RESOLVE, Phase.CONNECT, Phase.TLS, Phase.GREETING, Phase.EHLO, Phase.STARTTLS, Phase.AUTH)
 
 
-def _never() -> bool:
-    return False
-
-
 @dataclass(slots=True)
 class Slots:
     """`used` slots are attempting, `promised` ones belong to messages that are being put or claimed, of at most `limit`.
 
-    `most`: its connections in good times. `rides`: whether as many messages again may ride behind those under way (`upstream.rides`).
+    `most`: its connections in good times. `riding`: the upstreams where as many messages again may ride behind those under way.
     `pace`: None where there is none to keep. `window`: claims that wait for a slot. `ready`: lanes with
     due mail in the spool, in turn. `looked_at`: when the scheduler looks again by itself (monotonic seconds). The rest is what was
     begun in the present minute and in the one before.
@@ -40,7 +36,7 @@ class Slots:
     upstream: str
     most: int
     pace: Pace | None = None
-    rides: Callable[[], bool] = _never
+    riding: Container[str] = ()
     used: int = 0
     promised: int = 0
     window: deque[tuple[Claim, bool]] = field(default_factory=deque)
@@ -53,7 +49,7 @@ class Slots:
     @property
     def limit(self) -> int:
         if self.pace is None or self.pace.slowed is None:
-            return self.most * 2 if self.rides() else self.most
+            return self.most * 2 if self.upstream in self.riding else self.most
         return int(self.pace.slowed.connections)
 
     def room(self, *, ahead: bool) -> int:

@@ -60,13 +60,16 @@ class _Idle:
 
 
 class Pool:
-    """Sends messages to upstreams over sessions that it keeps open. `secret_changed` is told the upstream's name."""
+    """Sends messages to upstreams over sessions that it keeps open. `secret_changed` is told the upstream's name. `riding`: where more
+    messages than connections are of use, as the next ones ride behind those under way.
+    """
 
     def __init__(
         self, upstreams: Mapping[str, Upstream], *, hostname: str, clock: Clock, note: Note = _silent, store: TokenStore | None = None
     ) -> None:
         """`store`: the refresh tokens, where an upstream has `oauth2`."""
         self.secret_changed: Callable[[str], None] | None = None
+        self.riding: set[str] = set()
         self._hostname = hostname
         self._clock = clock
         self._contexts = Contexts(clock=clock, note=note)
@@ -91,7 +94,6 @@ class Pool:
         self._learnt: dict[str, tuple[float, float]] = {}
         self._recipients: dict[str, int] = {}
         self._rides: dict[str, Rides] = {}
-        self._rideable: dict[str, bool] = {}
         self._opened: dict[str, float] = {}
         self._leaving: set[Session] = set()
         self._sweeper: asyncio.TimerHandle | None = None
@@ -136,7 +138,7 @@ class Pool:
 
     async def _send(self, name: str, message: Outgoing) -> list[Outcome]:
         """Over an idle session, a new one, or behind another message where no more may be opened; a new one where it has gone stale."""
-        rides = self._rides_of(name)
+        rides = self._rides.get(name) or self._rides_of(name)
         boarded = rides.board()
         try:
             session = self._take(name) if boarded else await rides.wait()
@@ -162,19 +164,10 @@ class Pool:
             if session is None or not (session.rider or session.busy):  # else it is the rider's now, or still of the one before
                 self._give_back(name, session)
 
-    def rides(self, name: str) -> bool:
-        """Whether more messages than there are connections are of use to this upstream: the next ones ride behind those under way."""
-        return self._rideable.get(name, False)
-
     def _rides_of(self, name: str) -> Rides:
         if (rides := self._rides.get(name)) is None:
-            rides = self._rides[name] = Rides(self._logins[name].upstream.limits.connections)
+            rides = self._rides[name] = Rides(self._logins[name].upstream)
         return rides
-
-    def _offer(self, name: str, session: Session) -> None:
-        """A session can take a rider, unless it has been given up."""
-        if session.upstream is self._logins[name].upstream and not self._closed:
-            self._rides[name].offer(session)
 
     def uses(self) -> Iterator[Use]:
         """The secrets of the upstreams that can change."""
@@ -229,8 +222,8 @@ class Pool:
         self._hosts.answered(name, host)
         self._opened[name] = self._clock.monotonic()
         self._recipients[name] = session.recipients_limit
-        self._rideable[name] = session.rideable
-        session.handed_over = partial(self._offer, name)
+        session.rides = self._rides_of(name)
+        (self.riding.add if session.rideable else self.riding.discard)(name)
         if session.validity is not None:
             self._expiries.saw(name, host, upstream.port, session.validity)
         session.ended.add_done_callback(partial(self._ended, name, session))
@@ -259,6 +252,7 @@ class Pool:
     def _change(self, name: str) -> None:
         """The secret of an upstream has changed."""
         self._leave(name)
+        self._rides_of(name).upstream = self._logins[name].upstream
         if self.secret_changed is not None:
             self.secret_changed(name)
 

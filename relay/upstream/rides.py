@@ -10,16 +10,19 @@ State, for each upstream: how many of its connections are in use or being opened
 import asyncio
 from collections import deque
 
+from relay.config.upstreams import Upstream
 from relay.upstream.session import Session
 
 
 class Rides:
     """The connections of one upstream, as far as they are in use. Who has the right to one gives it up with `leave`."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, upstream: Upstream) -> None:
+        """`upstream`: its settings; to be kept up to date, for only a session that was opened with these takes riders."""
+        self.upstream = upstream
+        self.waiting: deque[asyncio.Future[Session | None]] = deque()
+        self._limit = upstream.limits.connections
         self._used = 0
-        self._waiting: deque[asyncio.Future[Session | None]] = deque()
 
     def board(self) -> bool:
         """Take the right to a connection, if there is one left."""
@@ -34,7 +37,7 @@ class Rides:
         Raises what `refuse` was told.
         """
         turn: asyncio.Future[Session | None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
+        self.waiting.append(turn)
         try:
             return await turn
         except asyncio.CancelledError:
@@ -50,7 +53,7 @@ class Rides:
 
     def leave(self, session: Session | None = None) -> bool:
         """Give up the right to a connection; with `session`, which is idle now, to whoever waits for one. Answers whether it was taken."""
-        if (turn := self._next()) is not None:
+        if self.waiting and (turn := self._next()) is not None:
             turn.set_result(session)
             return True
         self._used -= 1
@@ -71,8 +74,8 @@ class Rides:
         self.leave()
 
     def _next(self) -> asyncio.Future[Session | None] | None:
-        while self._waiting:
-            turn = self._waiting.popleft()
+        while self.waiting:
+            turn = self.waiting.popleft()
             if not turn.done():
                 return turn
         return None

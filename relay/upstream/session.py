@@ -8,14 +8,18 @@ State: the wire, what the upstream offers, how many messages it has carried, and
 
 import asyncio
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from relay.config.upstreams import Upstream
 from relay.mail.outcome import Outcome, Phase
 from relay.upstream.expiry import Validity
 from relay.upstream.transaction import Offer, Outgoing, Stale, Transaction, without
 from relay.upstream.wire import Wire
+
+if TYPE_CHECKING:
+    from relay.upstream.rides import Rides
 
 _QUIT_SECONDS = 5.0
 _NO_LIMITS: Mapping[str, int] = MappingProxyType({})
@@ -27,7 +31,7 @@ class Session:
 
     `upstream`: the settings that it was opened with. `validity`: of the certificate on the other side. `recipients_limit`: how many
     the upstream says that it takes in one transaction (RFC 9422), 0 where it does not. `busy`: a transaction is under way. `rider`: when
-    it ends, the session belongs to another message, which has come for it already. `handed_over` is called when one may come.
+    it ends, the session belongs to another message, which has come for it already. `rides`: those who may.
     """
 
     def __init__(
@@ -46,7 +50,7 @@ class Session:
         self._turn: asyncio.Future[None] | None = None  # of the rider: done when the transaction before his has ended
         self.busy = False
         self.rider = False
-        self.handed_over: Callable[[Session], None] | None = None
+        self.rides: Rides | None = None
         self.messages = 0
 
         #: Whether messages may ride on it: where small ones do not go in one flight anyway.
@@ -57,11 +61,23 @@ class Session:
         """Whether another message may be sent over it."""
         return not self._botched and self._wire.lost is None and self.messages < self._messages_limit
 
-    async def send(self, message: Outgoing) -> list[Outcome]:
-        """One outcome for each recipient, in their order. Raises Stale when the session had ended while it was idle."""
+    async def send(self, message: Outgoing, *, ahead: Transaction | None = None) -> list[Outcome]:
+        """One outcome for each recipient, in their order. `ahead`: whose commands are sent already. Raises Stale when the session had
+        ended while it was idle.
+        """
         if message.smtputf8 and not self._offer.smtputf8 and message.sender.isascii():
             return await self._send_to_ascii(message)
-        return await self._carry(self._transaction(message), reset=self._dirty)
+        transaction = ahead or self._transaction(message)
+        self._botched = self.busy = True  # until proven otherwise: a cancelled transaction leaves the session out of step
+        try:
+            outcomes = await transaction.run(reused=self.messages > 0, reset=self._dirty)
+            self._botched, self._dirty = transaction.botched or self._abandoned, transaction.dirty
+            self.messages += 1
+        finally:
+            self.busy = False
+            if self._turn is not None and not self._turn.done():
+                self._turn.set_result(None)
+        return outcomes
 
     async def ride(self, message: Outgoing) -> list[Outcome]:
         """As `send`, behind the message whose content is handed over, or after it. Raises Stale when that was this session's last one."""
@@ -81,28 +97,17 @@ class Session:
         self.rider = False
         if not self.usable:
             raise Stale(in_doubt=False)
-        return await self._carry(ahead, reset=False) if ahead is not None else await self.send(message)
+        return await self.send(message, ahead=ahead)
 
     def _transaction(self, message: Outgoing) -> Transaction:
         handed_over = self._float if self.rideable else None
         return Transaction(self._wire, self._offer, self.upstream.timeouts, message, own=self._own, handed_over=handed_over)
 
-    async def _carry(self, transaction: Transaction, *, reset: bool) -> list[Outcome]:
-        self._botched = self.busy = True  # until proven otherwise: a cancelled transaction leaves the session out of step
-        try:
-            outcomes = await transaction.run(reused=self.messages > 0, reset=reset)
-            self._botched, self._dirty = transaction.botched or self._abandoned, transaction.dirty
-            self.messages += 1
-        finally:
-            self.busy = False
-            if self._turn is not None and not self._turn.done():
-                self._turn.set_result(None)
-        return outcomes
-
     def _float(self) -> None:
-        """The content is handed over, and nothing but the reply to it is awaited."""
-        if self.handed_over is not None and self.messages + 1 < self._messages_limit:
-            self.handed_over(self)
+        """The content is handed over, and nothing but the reply to it is awaited. A session with an old secret takes no rider."""
+        rides = self.rides
+        if rides is not None and rides.waiting and rides.upstream is self.upstream and self.messages + 1 < self._messages_limit:
+            rides.offer(self)
 
     async def _send_to_ascii(self, message: Outgoing) -> list[Outcome]:
         """To those whose addresses need no SMTPUTF8, as if there were no others; these fail, and another upstream may take them."""

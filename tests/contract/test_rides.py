@@ -178,11 +178,11 @@ async def test_no_more_connections_than_allowed_however_much_there_is_to_send() 
             assert all(map(all_sent, results))
             assert sorted(int(transaction.content) for transaction in server.accepted) == list(range(40))
             assert len(server.connections) <= 7
-            assert pool.rides("acme")
+            assert "acme" in pool.riding
             assert server.most_at_once <= 4  # two in use, and two that have said QUIT
 
 
 async def test_where_one_flight_is_enough_nobody_rides() -> None:
     async with ScriptedUpstream(offers=("CHUNKING",)) as server, pool_to(acme=settings(server)) as pool:
         assert all_sent(await pool.send("acme", outgoing(A)))
-        assert not pool.rides("acme")
+        assert "acme" not in pool.riding

@@ -149,8 +149,7 @@ class Guard:
     def recipients_limit(self, name: str) -> int | None:
         return None
 
-    def rides(self, name: str) -> bool:
-        return False
+    riding = frozenset[str]()
 
     async def send(self, name: str, message: Outgoing) -> list[Outcome]:
         self.given += 1

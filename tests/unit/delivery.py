@@ -76,8 +76,7 @@ class FakePool:
     def recipients_limit(self, name: str) -> int:
         return self.limits.get(name, 0)
 
-    def rides(self, name: str) -> bool:
-        return False
+    riding = frozenset[str]()
 
     async def send(self, name: str, message: Outgoing) -> list[Outcome]:
         octets = message.octets

@@ -55,8 +55,7 @@ class Upstreams:
     def recipients_limit(self, name: str) -> int:
         return 0
 
-    def rides(self, name: str) -> bool:
-        return False
+    riding = frozenset[str]()
 
     async def send(self, name: str, message: Outgoing) -> list[Outcome]:
         self.handed.append((name, message))
@@ -493,8 +492,7 @@ class Moody(Upstreams):
     def change(self, names: tuple[str, ...], moods: tuple[Outcome, ...]) -> None:
         self.answers = {name: self._random.choice(moods) for name in names}
 
-    def rides(self, name: str) -> bool:
-        return False
+    riding = frozenset[str]()
 
     async def send(self, name: str, message: Outgoing) -> list[Outcome]:
         (outcome, *_) = outcomes = await super().send(name, message)

@@ -82,9 +82,6 @@ class FakeAttempts:
         self.most_active: Counter[str] = Counter()
         self.riding: set[str] = set()
 
-    def rides(self, upstream: str) -> bool:
-        return upstream in self.riding
-
     def hang(self, upstream: str) -> asyncio.Event:
         self.gates[upstream] = asyncio.Event()
         return self.gates[upstream]
