@@ -114,7 +114,9 @@ async def open_session(
             cast(asyncio.Transport, transport).abort()
         raise
     validity = validity_of(transport.get_extra_info("ssl_object"))
-    return Session(Wire(cast(asyncio.Transport, transport)), _offer(client), upstream, validity=validity, limits=_limits(client))
+    session = Session(Wire(cast(asyncio.Transport, transport)), _offer(client), upstream, validity=validity, limits=_limits(client))
+    client.protocol = client.transport = None  # the library's two objects know each other: what TLS holds would wait for the collector
+    return session
 
 
 def _tell(

@@ -1,6 +1,7 @@
 """Opening a session to a real upstream: TLS verified and never downgraded, one login, and each failure known by its phase."""
 
 import asyncio
+import gc
 import logging
 import socket
 import ssl
@@ -596,3 +597,20 @@ async def test_every_recipient_shares_the_fate_of_a_session_that_could_not_be_op
         assert len(outcomes) == 5
         assert len(set(outcomes)) == 1
         assert not all_sent(outcomes)
+
+
+@pytest.mark.parametrize("security", ["starttls", "tls"])
+async def test_what_tls_held_goes_with_the_session_and_not_with_the_next_collection(tls: Authority, security: Security) -> None:
+    """A relay collects garbage seldom, and each session's TLS has some 80 kB."""
+    server = ScriptedUpstream(security=security, tls=tls.server)
+    async with server, pool_to(acme=secured(server, tls, security, limits={"messages_per_connection": 1})) as pool:
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(5):
+                assert all_sent(await pool.send("acme", outgoing()))
+            await eventually(lambda: not pool._leaving, "the sessions to end")
+            await eventually(lambda: server.open_connections == 0, "the connections to be closed")
+            assert [each for each in gc.get_objects() if isinstance(each, ssl.SSLObject) and not each.server_side] == []
+        finally:
+            gc.enable()
