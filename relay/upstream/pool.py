@@ -239,11 +239,15 @@ class Pool:
         return None
 
     def _give_back(self, name: str, session: Session | None) -> None:
-        """Give up the right to a connection, and keep the session for the next message if it is of use."""
+        """Keep the session for the next message if it is of use, or give up the right to a connection, once this one is closed."""
+        rides = self._rides[name]
         if session is not None and (self._closed or not session.usable or session.upstream is not self._logins[name].upstream):
             self._dismiss(session)
+            if not session.ended.done():  # the upstream counts it until then
+                session.ended.add_done_callback(lambda _: rides.leave())
+                return
             session = None
-        if self._rides[name].leave(session) or session is None:
+        if rides.leave(session) or session is None:
             return
         self._idle.setdefault(name, []).append(_Idle(session, self._clock.monotonic()))
         if self._sweeper is None:
