@@ -120,6 +120,8 @@ async def test_the_last_message_of_a_connection_takes_no_rider() -> None:
         writer.write(b"250 first\r\n")
         assert all_sent(await first)
         assert await reader.readline() == b"QUIT\r\n"
+        assert played.connections.empty()
+        writer.write(b"221 2.0.0 Bye\r\n")
         reader, writer = await played.connections.get()
         await taken(reader, writer)
         writer.write(b"250 second\r\n")
