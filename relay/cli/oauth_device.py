@@ -12,6 +12,7 @@ from relay.upstream.token_request import ask
 
 _GRANT: Final = "urn:ietf:params:oauth:grant-type:device_code"
 _INTERVAL_SECONDS: Final = 5.0  # where the server does not say; and so much more after each slow_down (RFC 8628 section 3.5)
+_LEAST_SECONDS: Final = 1.0  # whatever it says
 _GOOD_SECONDS: Final = 900.0
 _LONGEST_SECONDS: Final = 3600.0
 _WORDS: Final = {
@@ -38,7 +39,7 @@ def sign_in(oauth2: OAuth2, server: TokenServer) -> dict[str, Any]:
     form = client | {"grant_type": _GRANT, "device_code": str(code)}
     if oauth2.client_secret is not None:
         form["client_secret"] = oauth2.client_secret.reveal()
-    return _poll(server.token_url, form, trust, interval=_seconds(begun.get("interval"), _INTERVAL_SECONDS), good=good)
+    return _poll(server.token_url, form, trust, interval=max(_LEAST_SECONDS, _seconds(begun.get("interval"), _INTERVAL_SECONDS)), good=good)
 
 
 def _poll(url: str, form: dict[str, str], trust: ssl.SSLContext, *, interval: float, good: float) -> dict[str, Any]:
@@ -60,4 +61,4 @@ def _poll(url: str, form: dict[str, str], trust: ssl.SSLContext, *, interval: fl
 
 def _seconds(value: object, usual: float) -> float:
     """A number of seconds that a server names, within reason."""
-    return min(float(value), _LONGEST_SECONDS) if isinstance(value, int | float) and value >= 0 else usual
+    return float(min(value, _LONGEST_SECONDS)) if isinstance(value, int | float) and value >= 0 else usual

@@ -91,7 +91,8 @@ def account(slots: Slots, claim: Claim, result: Result, throttled: Outcome | Non
     of that. `throttled`: an outcome that asks us to slow down."""
     upstream, recipients = slots.upstream, len(claim.envelope.recipients)
     if throttled is not None:
-        slots.pace = paces.slow_down(upstream, throttled.reply, observed=slots.observed(clock.monotonic()), connections=slots.used)
+        connections = min(slots.used, slots.most)  # the others ride
+        slots.pace = paces.slow_down(upstream, throttled.reply, observed=slots.observed(clock.monotonic()), connections=connections)
     elif any(outcome.status is Status.SENT for outcome in result.outcomes.values()):
         slots.pace = paces.speed_up(upstream)
     if (pace := slots.pace) is None:

@@ -290,7 +290,7 @@ def _token_in(answer: dict[str, Any]) -> tuple[Secret, float]:
         seconds = int(seconds)
     if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not seconds > 0:
         seconds = _LIFETIME_SECONDS
-    return Secret(token, "the token server"), min(float(seconds), _LONGEST_SECONDS)
+    return Secret(token, "the token server"), float(min(seconds, _LONGEST_SECONDS))
 
 
 def _ask(server: TokenServer, form: Mapping[str, str], trust: ssl.SSLContext) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Session:
         self._own = upstream.replies
         self._dirty = False
         self._botched = False
-        self._abandoned = False  # the rider has gone, and his commands are on their way
+        self._abandoned = False  # the rider has gone, and his commands are on their way, whoever ends later
         self._turn: asyncio.Future[None] | None = None  # of the rider: done when the transaction before his has ended
         self.busy = False
         self.rider = False
@@ -83,14 +83,14 @@ class Session:
         """As `send`, behind the message whose content is handed over, or after it. Raises Stale when that was this session's last one."""
         ahead = None
         if self.busy:
-            if not message.smtputf8:  # what this upstream may lack
-                ahead = self._transaction(message)
-                ahead.send_ahead()
-            self.rider, self._turn = True, asyncio.get_running_loop().create_future()
+            self._turn = asyncio.get_running_loop().create_future()
             try:
+                if not message.smtputf8:  # what this upstream may lack
+                    ahead = self._transaction(message)
+                    ahead.send_ahead()
                 await self._turn
-            except asyncio.CancelledError:
-                self._abandoned = True
+            except BaseException:
+                self._abandoned = self._botched = True
                 raise
             finally:
                 self.rider, self._turn = False, None

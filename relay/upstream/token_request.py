@@ -5,7 +5,9 @@ environment (`https_proxy`). What a server says goes into no message before it i
 """
 
 import http.client
+import io
 import json
+import socket
 import ssl
 import time
 import urllib.error
@@ -71,18 +73,59 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
+class _Punctual(io.RawIOBase):
+    """What a server sends, for as long as its time lasts: a header that drips would hold the thread and the token's lock for days."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._octets = connection.makefile("rb", buffering=0)
+        self._deadline = time.monotonic() + _ANSWER_SECONDS
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        self._connection.settimeout(max(0.001, min(_STEP_SECONDS, self._deadline - time.monotonic())))
+        if time.monotonic() > self._deadline:
+            raise TimeoutError
+        return self._octets.readinto(buffer)
+
+    def close(self) -> None:
+        self._octets.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self.fp.close()
+        self.fp = io.BufferedReader(_Punctual(sock))
+
+
+class _Connection(http.client.HTTPSConnection):
+    response_class = _Response
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def __init__(self, trust: ssl.SSLContext) -> None:
+        super().__init__(context=trust)
+        self._trust = trust
+
+    def https_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_Connection, req, context=self._trust)
+
+
 def ask(url: str, form: Mapping[str, str], *, trust: ssl.SSLContext, secrets: Iterable[str] = ()) -> dict[str, Any]:
     """The JSON object that a token server answers to `form`. `secrets`: what of it must not be repeated. Raises TokenError."""
     host = urlsplit(url).hostname or url
-    opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=trust), _NoRedirects())
+    opener = urllib.request.build_opener(_Https(trust), _NoRedirects())
     request = urllib.request.Request(url, urlencode(form).encode(), {"Accept": "application/json", "User-Agent": "relay"})
-    deadline = time.monotonic() + _ANSWER_SECONDS
     try:
         with opener.open(request, timeout=_STEP_SECONDS) as response:
-            return _object(_body(response, deadline), host)
+            return _object(_body(response), host)
     except urllib.error.HTTPError as error:
         with error:
-            raise _refusal(error, _body(error, deadline), host, tuple(secrets)) from None
+            raise _refusal(error, _body(error), host, tuple(secrets)) from None
     except urllib.error.URLError as error:
         raise _unreachable(error.reason, host) from None
     except OSError as error:
@@ -91,13 +134,11 @@ def ask(url: str, form: Mapping[str, str], *, trust: ssl.SSLContext, secrets: It
         raise TokenError(Failure.NONSENSE, f"the token server {host} does not answer in HTTP: {type(error).__name__}") from None
 
 
-def _body(response: Any, deadline: float) -> bytes:
+def _body(response: Any) -> bytes:
     """What follows the header, up to one octet more than we take. Raises OSError."""
     body = b""
     while len(body) <= _ANSWER_LIMIT_OCTETS and (octets := response.read1(65536)):
         body += octets
-        if time.monotonic() > deadline:
-            raise TimeoutError
     return body
 
 

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -131,16 +132,22 @@ class TokenStore:
     def _make_directory(self, directory: Path) -> None:
         if not directory.is_dir():
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 self._own(descriptor)
             finally:
                 os.close(descriptor)
             sync_directory(directory.parent)
+        elif os.geteuid() == 0 and directory.is_symlink():
+            raise OSError(errno.ELOOP, f"{directory} is a symbolic link, which root does not follow")
 
     def _own(self, descriptor: int) -> None:
-        """Give root's files to the spool's owner: an operator signs in, and the service must read it."""
+        """Give root's files to the spool's owner: an operator signs in, and the service must read it. Not what has a name elsewhere, too:
+        the directory is the service's, and root's power is not."""
         if os.geteuid() == 0:
+            status = os.fstat(descriptor)
+            if stat.S_ISREG(status.st_mode) and status.st_nlink != 1:
+                raise OSError(errno.EMLINK, "it has another link elsewhere")
             owner = os.stat(self._spool)
             os.fchown(descriptor, owner.st_uid, owner.st_gid)
 

@@ -8,7 +8,7 @@ Where there is no CHUNKING, the commands of the next transaction may go out behi
 """
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import NamedTuple
 
 from relay.config.upstreams import Timeouts
@@ -121,8 +121,10 @@ class Transaction:
     def send_ahead(self) -> None:
         """Send the commands while another transaction waits for the reply to its content (RFC 2920 section 3.1); `run` when it has it."""
         if self._lacking() is None:
-            self._sent_ahead = self._commands(reset=False)
-            self._wire.write_ahead(b"".join(self._sent_ahead), replies=len(self._sent_ahead))
+            commands = self._commands(reset=False)
+            with suppress(Broken):  # the other one will be told
+                self._wire.write_ahead(b"".join(commands), replies=len(commands))
+                self._sent_ahead = commands
 
     def _told(self) -> list[Outcome]:
         """The outcomes, where the upstream also took what recipients wish to be reported."""
@@ -151,16 +153,17 @@ class Transaction:
     async def _fly(self, *, reused: bool) -> None:
         """MAIL, RCPT, BDAT and the content in one flight (RFC 3030 section 4.2): in doubt from here to the reply that decides."""
         message, timeouts = self._message, self._timeouts
-        self._phase = Phase.FINAL
-        self._wire.write(b"%b%bBDAT %d LAST\r\n" % (self._mail(), self._rcpt(message.recipients[0]), len(message.octets)), message.octets)
+        commands = b"%b%bBDAT %d LAST\r\n" % (self._mail(), self._rcpt(message.recipients[0]), len(message.octets))
         replies: list[Lines] = []
         try:
+            self._wire.write(commands, message.octets)
+            self._phase = Phase.FINAL
             while len(replies) < 3:
                 wanted = 3 - len(replies)
                 replies += await self._wire.replies(wanted, timeout_seconds=timeouts.command, last_timeout_seconds=timeouts.final)
         except Broken:
             if reused and self._stale(replies, reset=False):
-                raise Stale(in_doubt=not replies) from None
+                raise Stale(in_doubt=not replies and self._phase is Phase.FINAL) from None
             self._judge(replies[:2], reset=False)
             raise
         if reused and self._stale(replies, reset=False):
@@ -296,8 +299,6 @@ class Transaction:
     async def _content(self) -> None:
         message = self._message
         self._phase = Phase.CONTENT
-        if self._wire.lost is not None:
-            raise self._wire.lost
         if message.rest is None:
             # The dot goes in the same write as the content: apart, Nagle and delayed ACK cost 40 ms a message.
             octets = stuff(message.octets) if message.dotted else message.octets

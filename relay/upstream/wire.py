@@ -54,13 +54,15 @@ class Wire(asyncio.Protocol):
         return self._lost
 
     def write(self, *octets: bytes) -> None:
-        """Hand octets to the transport, all in one go."""
+        """Hand octets to the transport, all in one go. Raises Broken where it has ended: uvloop's then raise an error of their own."""
+        self._be_open()
         self._transport.write(octets[0] if len(octets) == 1 else b"".join(octets))  # uvloop's writelines costs more than the copy
 
     def write_ahead(self, octets: bytes, *, replies: int) -> None:
-        """Send commands whose `replies` come after those that are awaited at the moment (RFC 2920). `come_up` before asking for them."""
+        """Send commands whose `replies` come after those that are awaited at the moment (RFC 2920). `come_up` before asking for them.
+        Raises Broken."""
         self._ahead = replies
-        self._transport.write(octets)
+        self.write(octets)
 
     def come_up(self) -> None:
         """What was awaited before is here, or never will be: the next `replies` are those to the commands that were sent ahead."""
@@ -93,8 +95,7 @@ class Wire(asyncio.Protocol):
                 await self._wait(timeout_seconds, unsent_bytes=self._transport.get_write_buffer_size())
             if self._replies:
                 return False
-            self._be_open()
-            self._transport.write(octets)
+            self.write(octets)
             self._be_open()  # a write that failed has handed nothing over
         return True
 

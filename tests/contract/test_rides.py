@@ -1,6 +1,8 @@
 """More messages than connections where small mail is not one flight: the next one's commands go out behind the content before it."""
 
 import asyncio
+import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -10,7 +12,7 @@ from relay.config.upstreams import Upstream
 from relay.mail.outcome import Outcome
 from relay.upstream.pool import Pool
 from tests.support.upstream import ScriptedUpstream
-from tests.system.upstreams import all_sent, outgoing, pool_to, raw_server, settings, words
+from tests.system.upstreams import PATIENT, all_sent, outgoing, pool_to, raw_server, settings, words
 
 pytestmark = pytest.mark.both_loops
 
@@ -142,6 +144,56 @@ async def test_who_rides_may_be_cut_off_and_the_message_before_is_sent() -> None
         assert await taken(reader, writer) == b"three\r\n"
         writer.write(b"250 third\r\n")
         assert all_sent(await third)
+
+
+async def test_who_rides_may_be_cut_off_as_the_message_before_ends() -> None:
+    """In the very turn of the loop: his commands are on the connection, and nobody else's content may go behind them."""
+    async with station() as (played, pool):
+
+        async def send_first() -> None:
+            assert all_sent(await pool.send("acme", outgoing(A, octets=b"one\r\n")))
+            second.cancel()
+
+        first = asyncio.ensure_future(send_first())
+        second, third = sending(pool, b"two\r\n"), sending(pool, b"three\r\n")
+        reader, writer = await played.connections.get()
+        await taken(reader, writer)
+        await reader.readexactly(len(FLIGHT))
+        writer.write(b"250 first\r\n250 Ok\r\n250 Ok\r\n354 go on\r\n")
+        await first
+        assert await reader.read() == b""
+        reader, writer = await played.connections.get()
+        assert await taken(reader, writer) == b"three\r\n"
+        writer.write(b"250 third\r\n")
+        assert all_sent(await third)
+        assert second.cancelled()
+
+
+async def test_nobody_rides_or_waits_for_ever_where_the_connection_breaks_as_content_is_written() -> None:
+    """The one who would ride is told before the loop tells that it is gone; uvloop's transports raise an error of their own then."""
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        upstream = Upstream.model_validate({"host": "127.0.0.1", "port": server.getsockname()[1], "security": "none", "timeouts": PATIENT})
+
+        async def greeted() -> socket.socket:
+            connection, _ = await loop.sock_accept(server)
+            await loop.sock_sendall(connection, b"220 rides.test\r\n")
+            await loop.sock_recv(connection, 1000)
+            await loop.sock_sendall(connection, OFFERS)
+            await loop.sock_recv(connection, 1000)
+            return connection
+
+        async with pool_to(acme=limited(upstream)) as pool:
+            first, second, third = (sending(pool, octets) for octets in (b"one\r\n", b"two\r\n", b"three\r\n"))
+            connection = await greeted()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.send(b"250 Ok\r\n250 Ok\r\n354 go on\r\n")
+            loop.call_soon(connection.close)  # reset after these have been read, and before they are answered
+            assert words(await first) == ["deferred upstream final in_doubt"]
+            for message in (second, third):
+                (await greeted()).close()
+                await asyncio.wait_for(message, 5)
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 2, 3])

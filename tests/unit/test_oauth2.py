@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import stat
 import threading
 from base64 import urlsafe_b64decode
@@ -26,7 +27,7 @@ from relay.upstream import token_request
 from relay.upstream.oauth2 import Tokens
 from relay.upstream.pool import Pool
 from relay.upstream.token_error import TokenError
-from relay.upstream.token_store import Chain, TokenStore, Unreadable
+from relay.upstream.token_store import Chain, StoreError, TokenStore, Unreadable
 from relay.upstream.token_threads import TokenThreads
 from tests.support.certificates import Authority
 from tests.support.eventually import eventually
@@ -113,7 +114,18 @@ async def test_a_token_is_used_again_until_some_time_before_it_expires(house: Ho
 
 @pytest.mark.parametrize(
     ("lifetime", "used_for"),
-    [(60, 48), ("120", 96), (86400 * 30, 86400 - 300), (0, 480), (-5, 480), (None, 480), ("soon", 480), (True, 480), (float("nan"), 480)],
+    [
+        (60, 48),
+        ("120", 96),
+        (86400 * 30, 86400 - 300),
+        (0, 480),
+        (-5, 480),
+        (None, 480),
+        ("soon", 480),
+        (True, 480),
+        (float("nan"), 480),
+        (10**400, 86400 - 300),
+    ],
 )
 async def test_how_long_a_token_is_used(house: House, server: TokenServer, lifetime: Any, used_for: int) -> None:
     server.script(Answer(200, json.dumps({"access_token": "t", "token_type": "bearer", "expires_in": lifetime}).encode()))
@@ -235,12 +247,12 @@ async def test_a_name_that_is_not_known_is_said_so(house: House, server: TokenSe
 @pytest.mark.parametrize("action", [Hang(), Drip()])
 async def test_a_server_that_stalls_is_given_up(house: House, server: TokenServer, action: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_request, "_STEP_SECONDS", 0.3)
+    monkeypatch.setattr(token_request, "_ANSWER_SECONDS", 1.0)
     monkeypatch.setattr(oauth2_module, "_WAIT_SECONDS", 0.6)
     server.script(action, times=1)
     trouble = await house.trouble()
     assert (trouble.failure, str(trouble)) == (Failure.TIMEOUT, "the token server 127.0.0.1 did not answer in time")
-    await server.stop()  # what drips ends with it
-    await house.tokens.settled()
+    await asyncio.wait_for(house.tokens.settled(), 10)  # its thread does not wait for ever, either
 
 
 async def test_a_server_that_hangs_holds_its_own_share_of_the_threads(
@@ -432,6 +444,29 @@ async def test_a_new_token_that_cannot_be_stored_is_loud_and_not_used_before_it_
     house.clock.advance(6)
     await house.tokens.get()
     assert [asked["refresh_token"] for asked in server.asked] == [FIRST, "refresh-token-unseen-1"]
+
+
+@pytest.mark.parametrize("trap", ["directory", "lock"])
+def test_no_link_leads_root_to_files_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trap: str) -> None:
+    """The spool is the service's, which may have been taken over; root signs in."""
+    elsewhere, spool = tmp_path / "elsewhere", tmp_path / "spool"
+    elsewhere.mkdir()
+    spool.mkdir()
+    store = TokenStore(spool, Keys(None), note=print)
+    path = store.path("globex")
+    given: list[int] = []
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "fchown", lambda descriptor, *_: given.append(os.fstat(descriptor).st_ino))
+    if trap == "directory":
+        path.parent.symlink_to(elsewhere)
+    else:
+        path.parent.mkdir(parents=True)
+        (elsewhere / "secret").touch()
+        os.link(elsewhere / "secret", path.with_name(f"{path.name}%lock"))
+    with pytest.raises(StoreError, match="link"), store.slot("globex"):
+        pass
+    assert given == []
+    assert {each.name for each in elsewhere.iterdir()} <= {"secret"}
 
 
 async def test_two_processes_never_show_one_token_at_a_time(house: House, server: TokenServer) -> None:
