@@ -192,9 +192,8 @@ class Scheduler:
         async with self._claiming:
             overdue = await self._spool.overdue(_OVERDUE_AT_ONCE) if not self._stopping else ()
             self.give_up(overdue, "")
-            more = await self._give_up_late(waiting) or len(overdue) == _OVERDUE_AT_ONCE
-        pause = 0.0 if self._put_off else _REFRESH_SOON_SECONDS if more else _REFRESH_SECONDS
-        self._refresh_at = self._clock.monotonic() + pause
+            more = await self._look_after(waiting) or len(overdue) == _OVERDUE_AT_ONCE
+        self._refresh_at = self._clock.monotonic() + (0.0 if self._put_off else _REFRESH_SOON_SECONDS if more else _REFRESH_SECONDS)
 
     async def _bring_forward(self) -> None:
         """Make mail due that was put off while its upstream did not work: a page of one lane, and then others' mail is claimed."""
@@ -206,16 +205,24 @@ class Scheduler:
         self._refresh_at = 0.0
         self._changed.set()
 
-    async def _give_up_late(self, waiting: Mapping[Lane, float]) -> bool:
-        """End what has grown too old in lanes that wait for their pace, where nobody looks at it; answers whether there may be more."""
-        more, now = False, self._clock.now()
+    async def _look_after(self, waiting: Mapping[Lane, float]) -> bool:
+        """In lanes that wait for their pace: end what is too old, and take home what may go there. Answers whether there may be more."""
+        more, now, returning = False, self._clock.now(), set[str]()
         for lane in [lane for lane, due in waiting.items() if due <= now and not self._stopping]:
             if (slots := self._slots.get(lane.upstream)) is None or slots.pace is None or slots.pace.room() > 0:
                 continue
             claims = await self._spool.late(lane, now - self._settler.expiry_of(lane), _OVERDUE_AT_ONCE)
             self.give_up(claims, "", waited_for=f"{lane.upstream} {slots.pace.reason()}")
             more = more or len(claims) == _OVERDUE_AT_ONCE
-        return more
+            if (home := self._settler.home_of(lane)) is not None:
+                claims = await self._spool.late(lane, now, _OVERDUE_AT_ONCE)
+                self._octets += sum(len(claim.content.octets or b"") for claim in claims)
+                for claim in claims:
+                    self._return(claim, None if any(r.in_doubt for r in claim.envelope.recipients) else home)
+                if len(claims) == _OVERDUE_AT_ONCE:
+                    returning.add(lane.route)
+        self._settler.returned(returning)
+        return more or bool(returning)
 
     def _collect(self) -> None:
         """Move lanes that have become due into their upstream's turn."""
@@ -271,10 +278,6 @@ class Scheduler:
             self._admit(slots, claim, fresh=False)
         self._ask(slots)
 
-    @property
-    def _roomy(self) -> bool:
-        return self._octets < _MEMORY_LIMIT_BYTES
-
     def _slots_of(self, upstream: str) -> Slots:
         if (slots := self._slots.get(upstream)) is None:
             most = self._upstreams[upstream].limits.connections if upstream in self._upstreams else _ORPHAN_SLOTS
@@ -283,7 +286,7 @@ class Scheduler:
 
     def _room(self, slots: Slots) -> int:
         """How many more messages may be promised a slot. What an open breaker sends elsewhere needs no pace."""
-        room = slots.room(ahead=self._roomy)
+        room = slots.room(ahead=self._octets < _MEMORY_LIMIT_BYTES)
         if slots.pace is None or room <= 0 or self._breakers.ready_at(slots.upstream):
             return room
         return min(room, slots.pace.room()) if self._paces.restored else 0
@@ -295,10 +298,10 @@ class Scheduler:
             self._changed.set()
 
     def _rest(self, slots: Slots) -> None:
-        """Look again when the pace allows it. Where slots are lacking, the end of an attempt is what asks."""
+        """Look again when the pace allows it, or soon: wall time, which quotas go by, may leap. For a slot, the end of an attempt asks."""
         if slots.pace is None or not self._paces.restored or slots.room(ahead=False) <= 0:
             return
-        when = self._clock.monotonic() + slots.pace.wait() + _TICK_SECONDS
+        when = self._clock.monotonic() + min(slots.pace.wait() + _TICK_SECONDS, _REFRESH_SECONDS)
         if when < slots.looked_at:
             slots.looked_at = when
             heapq.heappush(self._resting, (when, slots.upstream))
@@ -320,7 +323,8 @@ class Scheduler:
         self._octets += len(claim.content.octets or b"")
         if self._stopping:
             self._return(claim)
-        elif slots.pace is not None and slots.pace.owes:  # the ones before it had more recipients than could be known
+        elif slots.pace is not None and (slots.pace.owes or slots.pace.pause() > 0 or slots.used >= slots.limit):
+            # Since it was promised, the upstream has asked us to slow down, or got more recipients than could be known.
             slots.pace.charge(-1, -1)
             self._return(claim)
         elif slots.used < slots.limit:
@@ -349,8 +353,7 @@ class Scheduler:
             self._leave(slots)
         if result.revived:
             self._revive(claim.lane.upstream)
-        if self._timeline.parked and result.tried and not self._breakers.ready_at(claim.lane.upstream):
-            self._timeline.unpark(claim.lane.upstream)
+        if result.tried and not self._breakers.ready_at(claim.lane.upstream) and self._timeline.unpark(claim.lane.upstream):
             self._changed.set()
         await self._settle(claim, result)
 
@@ -362,12 +365,10 @@ class Scheduler:
         self._refresh_at = 0.0
         self._changed.set()
 
-    def _return(self, claim: Claim) -> None:
-        self._own(claim, self._give_back(claim))
-
-    async def _give_back(self, claim: Claim) -> None:
-        """End a claim whose attempt never began: it is not in doubt."""
-        await self._settle(claim, Result(untried(claim), Next(self._clock.now(), claim.lane, counted=False)))
+    def _return(self, claim: Claim, lane: Lane | None = None) -> None:
+        """End a claim whose attempt never began, and is not in doubt: back to where it was, or to `lane`."""
+        then = Next(self._clock.now(), lane or claim.lane, counted=False)
+        self._own(claim, self._settle(claim, Result(untried(claim), then)))
 
     async def _settle(self, claim: Claim, result: Result) -> None:
         dues, lane = await self._settler.settle(claim, result), claim.lane

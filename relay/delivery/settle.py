@@ -1,7 +1,7 @@
 """End an attempt: decide what follows, store it with its bounce in one step, and tell the journal.
 
-State: which routes are using a fallback at the moment. Laws: every recipient is accounted for (law 2); a bounce is durable in the same
-step that ends its message; an outcome that cannot be stored is stored later, never forgotten.
+State: which routes are using a fallback at the moment, and which have just ceased to. Laws: every recipient is accounted for (law 2); a
+bounce is durable in the same step that ends its message; an outcome that cannot be stored is stored later, never forgotten.
 """
 
 import asyncio
@@ -55,6 +55,7 @@ class Settler:
         self._metrics = metrics
         self._degraded: set[str] = set()
         self._diverting: dict[str, float] = {}  # routes that were degraded by single messages, and until when that is known
+        self._recovered: set[str] = set()  # routes whose mail may still wait for a fallback, though their own upstream takes it again
         self._verdicts = Verdicts(waits or Waits(), spool, journal, clock)
 
     async def settle(self, claim: Claim, result: Result) -> list[Next]:
@@ -68,6 +69,15 @@ class Settler:
     def expiry_of(self, lane: Lane) -> float:
         """How old mail of this lane may become, in seconds."""
         return self._router.retry_of(lane.route).expire
+
+    def home_of(self, lane: Lane) -> Lane | None:
+        """Where mail that waits for this fallback could go instead: to its route's own upstream, which has just come back."""
+        route = self._router.route(lane.route) if lane.route in self._recovered else None
+        return Lane(route.upstream, route.name) if route is not None and route.upstream not in (None, lane.upstream) else None
+
+    def returned(self, still: Collection[str]) -> None:
+        """What had a home is on its way there, except for mail of the routes that are `still` at it."""
+        self._recovered.intersection_update(still)
 
     async def give_up(self, claim: Claim, reason: str, *, waited_for: str = "") -> list[Next]:
         """End a message that nobody tries any more, as failed for `reason`; `""`: its time was up while it was held, or `waited_for`
@@ -229,6 +239,7 @@ class Settler:
             if not fails:
                 self._diverting[claim.lane.route] = now + _DIVERTING_SECONDS
             self._degraded.add(claim.lane.route)
+            self._recovered.discard(claim.lane.route)
             self._metrics.degraded(route=claim.lane.route, upstream=decided.fallback)
             reply = next(str(o.reply) for o in decided.outcomes.values() if o.status is Status.DEFERRED)
             self._journal.degraded(route=claim.lane.route, upstream=claim.lane.upstream, fallback=decided.fallback, reply=reply)
@@ -243,6 +254,7 @@ class Settler:
         route = self._router.route(lane.route)
         if lane.route in self._degraded and route is not None and route.upstream == lane.upstream:
             self._degraded.discard(lane.route)
+            self._recovered.add(lane.route)
             self._metrics.recovered(route=lane.route, upstream=lane.upstream)
             self._journal.recovered(route=lane.route, upstream=lane.upstream)
 

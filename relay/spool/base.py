@@ -269,7 +269,8 @@ class Spool(Protocol):
         ...
 
     async def used(self) -> Sequence[Used]:
-        """What settlements have used of quotas that still matters, for each upstream the oldest first."""
+        """What settlements have used of quotas that still matters, for each upstream the oldest first. What was used by a clock that was
+        ahead of this one counts as used now."""
         ...
 
     async def overdue(self, limit: int) -> Sequence[Claim]:
@@ -277,8 +278,8 @@ class Spool(Protocol):
         ...
 
     async def late(self, lane: Lane, accepted_before: float, limit: int) -> Sequence[Claim]:
-        """Claim up to `limit` messages of `lane` that are due and were accepted before then, to be given up: they wait, and not for
-        an attempt."""
+        """Claim up to `limit` messages of `lane` that are due and were accepted before then, to be given up, or to be moved to
+        another lane: they wait, and not for an attempt."""
         ...
 
     async def hasten(self, lane: Lane) -> bool:

@@ -136,8 +136,11 @@ class MemorySpool:
         return due
 
     async def used(self) -> Sequence[Used]:
-        known = sorted({key[:3] for key in self._used})
-        counted = (Used(*key, self._used[*key, 0], self._used[*key, 1]) for key in known)
+        now, counts = int(self._clock.now()), Counter[tuple[str, int, int, int]]()
+        for (upstream, seconds, start, which), count in self._used.items():
+            counts[upstream, seconds, min(start, now), which] += count
+        self._used = counts
+        counted = (Used(*key, counts[*key, 0], counts[*key, 1]) for key in sorted({key[:3] for key in counts}))
         return [each for each in counted if matters(each, self._clock.now())]
 
     async def overdue(self, limit: int) -> Sequence[Claim]:

@@ -350,8 +350,8 @@ class SqliteSpool:
         try:
             self._checkpoint()
             self._database.execute(sql.FORGET_LOG, (self._clock.now() - self._keep_log_seconds, _LOG_ROWS_A_SWEEP))
-            if self._clock.now() >= self._forgets_used_at:
-                self._forgets_used_at = self._clock.now() + _FORGET_USED_SECONDS
+            if self._clock.monotonic() >= self._forgets_used_at:
+                self._forgets_used_at = self._clock.monotonic() + _FORGET_USED_SECONDS
                 self._database.execute(sql.FORGET_USED, (self._clock.now(),))
             if self._database.pragma("freelist_count") > _FREE_PAGES:
                 self._database.execute(f"PRAGMA incremental_vacuum({_FREE_PAGES // 4})").fetchall()

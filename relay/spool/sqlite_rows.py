@@ -91,10 +91,15 @@ class Rows:
     def used(self, nows: list[float]) -> list[list[Used]]:
         """What quotas still count, at this time; nothing where damage keeps it from being read."""
         try:
-            return [[] if self._used_damaged else [Used(*row) for row in self._database.execute(sql.USED, (now,))] for now in nows]
+            return [[] if self._used_damaged else self._used(now) for now in nows]
         except apsw.CorruptError as error:
             self._used_damaged = True
             raise Again from error
+
+    def _used(self, now: float) -> list[Used]:
+        self._database.execute(sql.USED_AHEAD, {"now": int(now)})
+        self._database.execute(sql.FORGET_AHEAD, {"now": int(now)})
+        return [Used(*row) for row in self._database.execute(sql.USED, (now,))]
 
     def forget(self, places: Iterable[Place]) -> list[list[int]]:
         """Remove content that no message has any more. Answers, for each, the files that can go once this is committed."""

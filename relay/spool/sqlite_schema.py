@@ -93,6 +93,11 @@ UPDATE message SET due = CASE held WHEN :missing THEN 9e999 ELSE max(created + 4
 USE = """INSERT INTO used VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE
     SET transactions = transactions + excluded.transactions, recipients = recipients + excluded.recipients"""
 USED = "SELECT upstream, seconds, start, transactions, recipients FROM used WHERE start + 2 * seconds > ? ORDER BY upstream, seconds, start"
+#: Written by a clock that was ahead: it would count anew at every start until that time has come.
+USED_AHEAD = """INSERT INTO used SELECT upstream, seconds, :now, sum(transactions), sum(recipients) FROM used
+    WHERE start > :now GROUP BY upstream, seconds ON CONFLICT DO UPDATE
+    SET transactions = transactions + excluded.transactions, recipients = recipients + excluded.recipients"""
+FORGET_AHEAD = "DELETE FROM used WHERE start > :now"
 FORGET_USED = "DELETE FROM used WHERE start + 2 * seconds <= ?"
 
 SHARING = "SELECT 1 FROM message WHERE content = ? AND shared = 1"

@@ -593,7 +593,7 @@ async def test_a_healthy_spool_says_nothing(house: House) -> None:
 
 
 async def test_what_settles_use_of_quotas_adds_up_and_is_known_as_long_as_it_may_count(house: House) -> None:
-    start = int(house.clock.now()) // 150 * 150
+    start = int(house.clock.now()) // 150 * 150 - 150
     await house.put(*(draft(house.spool) for _ in range(5)))
     first, second, third, *plain = await house.claim()
     hour, day = Used("acme", 3600, start, 1, 20), Used("acme", 86400, start - 300, 1, 20)
@@ -612,6 +612,20 @@ async def test_what_settles_use_of_quotas_adds_up_and_is_known_as_long_as_it_may
     assert await house.spool.used() == known[1:3]
     house.clock.advance(3 * 86_400)
     assert await house.spool.used() == []
+
+
+async def test_what_was_used_by_a_clock_that_was_ahead_counts_once_from_now_on(house: House) -> None:
+    now = int(house.clock.now())
+    await house.put(draft(house.spool), draft(house.spool))
+    first, second = await house.claim()
+    ahead, further = Used("acme", 3600, now, 1, 20), Used("acme", 3600, now + 150, 2, 30)
+    await house.spool.settle(settlement(first)._replace(used=(ahead,)))
+    await house.spool.settle(settlement(second)._replace(used=(further,)))
+    house.clock.step(-1_000_000)
+    moved = [Used("acme", 3600, now - 1_000_000, 3, 50)]
+    assert await house.spool.used() == moved
+    house.clock.advance(600)
+    assert await house.spool.used() == moved, "and not again and again"
 
 
 async def test_what_a_claim_that_was_lost_has_used_is_not_added(house: House) -> None:

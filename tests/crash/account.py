@@ -14,11 +14,14 @@ from typing import Any
 from relay.clock import ManualClock
 from relay.mail.envelope import Recipient
 from relay.mail.outcome import Outcome, Status
-from relay.spool.base import EVERYTHING, Claim, Content, Draft, Lane, MessageId, Next, Settlement, SpoolError
+from relay.spool.base import EVERYTHING, Claim, Content, Draft, Lane, MessageId, Next, Settlement, SpoolError, Used
 from relay.spool.sqlite import SqliteSpool
 from relay.spool.sqlite_view import SqliteView
 from tests.contract.drafts import DEFERRED, FAILED, IN_DOUBT, LANE, OTHER_LANE, SENT, draft, octets_of
 from tests.crash.power import Recorder
+
+#: What every settle uses of a quota whose window has no end.
+USED = Used("acme", 10**10, 0, 1, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,7 @@ class Account:
         operation = self._begin("settle", after)
         now = self.clock.now()
         try:
-            await self.spool.settle(Settlement(claim, by_address, then, bounce))
+            await self.spool.settle(Settlement(claim, by_address, then, bounce, used=(USED,)))
         except SpoolError:
             self._refuse(operation)
             self.claims.append(claim)  # to be settled again
@@ -184,6 +187,7 @@ class Found:
     messages: dict[MessageId, Message]
     log: set[tuple[float, MessageId, str, str]]
     unreadable: dict[str, str]  # message, or the whole -> why
+    used: int = 0  # settles that are counted as use of the quota
 
 
 async def examine(directory: Path, clock: ManualClock) -> Found:
@@ -216,7 +220,8 @@ async def examine(directory: Path, clock: ManualClock) -> Found:
         (sound,) = spool._database.execute("PRAGMA integrity_check").fetchone()
         if sound != "ok":
             unreadable["the database"] = str(sound)
-        return Found(messages, log, unreadable)
+        used = sum(each.transactions for each in await spool.used())
+        return Found(messages, log, unreadable, used)
     finally:
         view.close()
         await spool.close()
@@ -247,6 +252,10 @@ def faults(found: Found, operations: Iterable[Operation], moment: int, *, log_si
             told.append(f"{number} is {_words(there)}, promised {_words(message)}")
     told += [f"{number} is there, and was never taken" for number in found.messages if number not in expected]
     told += [f"the delivery log lacks {line}" for line in sorted(logged - found.log)]
+    counted = sum(o.what == "settle" and o not in open_to_doubt and o.refused is None for o in started)
+    doubtful = sum(o.what == "settle" for o in open_to_doubt)
+    if "the spool" not in found.unreadable and not counted <= found.used <= counted + doubtful:
+        told.append(f"{found.used} settles have used the quota, promised {counted} and perhaps {doubtful} more")
     return told
 
 

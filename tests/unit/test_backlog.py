@@ -180,6 +180,24 @@ async def test_with_a_fallback_the_queue_moves_on_at_once(tmp_path: Path) -> Non
     await house.close()
 
 
+async def test_what_moved_to_a_fallback_that_may_take_no_more_goes_back_once_its_own_upstream_works(tmp_path: Path) -> None:
+    house = House(tmp_path, config_of(WITH_FALLBACK, upstreams={"house": {"limits": {"rate": "50/d"}}}))
+    house.clock.advance(3600)
+    await house.put(ACME, QUEUE, told=True)
+    await house.rest()
+    assert house.sent("house") == 50
+    await house.pass_time(600, step=5)
+    house.down.clear()
+    assert await house.waiting(Lane("house", "acme")), "while nobody knows that it works"
+    await house.put(ACME, told=True)
+    await house.pass_time(90, step=1)
+    assert house.sent("house") == 50
+    assert house.spool._messages == {}
+    await house.close()
+    assert len(house.log.events("sent")) == QUEUE + 1
+    assert [event["event"] for event in house.log.events("degraded", "recovered")] == ["degraded", "recovered"]
+
+
 async def test_many_lanes_of_one_dead_upstream_cost_no_more_than_one(tmp_path: Path) -> None:
     names = [f"acme-{n}" for n in range(200)]
     routes = [{"name": name, "sender": f"{n}.acme.example", "upstream": "acme"} for n, name in enumerate(names)]

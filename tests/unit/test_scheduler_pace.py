@@ -213,6 +213,18 @@ async def test_nothing_goes_where_there_is_a_quota_before_it_is_known_what_is_le
     assert attempts.count() == 2
 
 
+async def test_a_machine_that_slept_through_a_quota_s_window_sends_within_a_minute(house: House) -> None:
+    attempts = limited(house, rate="50/d")
+    await house.put(*[ACME] * 60)
+    house.serve()
+    await house.turns(300)
+    assert attempts.count() == 50
+    await run_for(house, 300, step=10)
+    house.clock.step(2 * 86400)  # wall time went on, and the time of timers did not
+    await run_for(house, 61, step=1)
+    assert attempts.count() == 60
+
+
 # -- turns -----------------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +271,25 @@ async def test_a_spent_quota_of_the_provider_is_not_hammered_and_loses_nothing(h
     assert house.log.events("degraded", "failed", "bounced") == []
     assert 10 <= len(house.log.events("throttled")) <= 30
     assert house.scheduler.pacings() == []
+
+
+async def test_what_was_promised_before_the_upstream_asked_to_slow_down_waits_all_the_same(house: House) -> None:
+    attempts = limited(house, connections=4)
+    attempts.answers["acme"] = THROTTLED
+    house.serve()
+    await house.turns()
+    assert all(house.scheduler.reserve(ACME) for _ in range(4))
+    await house.put(ACME, claimed=True)
+    await house.turns()
+    late = await house.put(*[ACME] * 3, claimed=True)
+    await house.turns()
+    assert attempts.count() == 1, "the others would have come in the pause it asked for"
+    attempts.answers["acme"] = SENT
+    await run_for(house, 120, step=2)
+    assert {tried[0] for tried in attempts.tried[1:]} >= set(late)
+    assert {entry.attempt for entry in house.spool.log if entry.status == "sent"} == {1}
+    slots = house.scheduler._slots["acme"]
+    assert (slots.used, slots.promised, len(slots.window)) == (0, 0, 0)
 
 
 async def test_successes_bring_the_pace_back_and_the_window_with_it(house: House) -> None:

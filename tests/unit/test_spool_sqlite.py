@@ -15,7 +15,7 @@ from relay.clock import ManualClock
 from relay.mail.envelope import Recipient, Summary
 from relay.spool import commit, sqlite, sqlite_claims, sqlite_verbs
 from relay.spool import sqlite_schema as sql
-from relay.spool.base import EVERYTHING, FILE_ABOVE_BYTES, Lane, Next, Selection, SpoolDamaged, SpoolError, SpoolFull, SpoolInUse
+from relay.spool.base import EVERYTHING, FILE_ABOVE_BYTES, Lane, Next, Selection, SpoolDamaged, SpoolError, SpoolFull, SpoolInUse, Used
 from relay.spool.sqlite import SqliteSpool
 from tests.contract.drafts import DEFERRED, FAILED, IN_DOUBT, LANE, OTHER_LANE, SENT, content_of, draft, octets_of, settlement, stored_files
 from tests.support.eventually import eventually
@@ -444,6 +444,24 @@ async def test_log_rows_go_under_load_too(tmp_path: Path, monkeypatch: pytest.Mo
         clock.advance(KEEP_LOG_SECONDS / 4)
     ((rows,),) = read(tmp_path, "SELECT count(*) FROM log")
     assert rows < 45, "90 were written, and 12 are young enough to be kept"
+    await spool.close()
+
+
+@pytest.mark.usefixtures("short_idle")
+async def test_what_was_used_of_quotas_goes_when_it_counts_no_more_even_where_the_clock_was_years_ahead(tmp_path: Path) -> None:
+    clock = ManualClock()
+    clock.step(1e9)
+    spool = open_spool(tmp_path, clock)
+    await eventually(lambda: spool._forgets_used_at > clock.monotonic(), "the first sweep")
+    clock.step(-1e9)
+    (claim,) = await spool.put([draft(spool)], [True])
+    assert claim is not None
+    used = tuple(Used("acme", seconds, int(clock.now()), 1, 1) for seconds in (3600, 86_400))
+    await spool.settle(settlement(claim)._replace(used=used))
+    assert read(tmp_path, "SELECT count(*) FROM used") == [(2,)]
+    clock.advance(3 * 3600)
+    await spool.next_due()
+    await eventually(lambda: read(tmp_path, "SELECT seconds FROM used") == [(86_400,)], "the hour's row is gone")
     await spool.close()
 
 
