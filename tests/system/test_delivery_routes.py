@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.support.certificates import Authority
+from tests.support.eventually import eventually
 from tests.support.upstream import ScriptedUpstream
 from tests.system.relays import CONTENT, ROUTES, SECRET, running, to
 
@@ -66,8 +67,8 @@ async def test_large_messages_with_and_without_line_ends_arrive_whole(tmp_path: 
                 await relay.send("app@acme.example", ["you@example.org"], content)
             await server.received(2)
             await relay.empty()
+            await eventually(lambda: not list((tmp_path / "spool" / "content").iterdir()), "the files to be removed, by and by")
         assert sorted(t.content.partition(b"Subject:")[2] for t in server.accepted) == sorted(c.partition(b"Subject:")[2] for c in contents)
-        assert list((tmp_path / "spool" / "content").iterdir()) == []
 
 
 async def test_a_route_rewrites_what_it_says_and_hides_what_nobody_may_see(tmp_path: Path) -> None:
