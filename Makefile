@@ -56,7 +56,7 @@ check: $(READY)
 
 # Units and contracts alone: a branch that only a whole relay reaches by chance is not tested.
 # The tests of what decides: all of tests/unit would take ten times as long and add nothing.
-DECIDES := attempt breaker bounce delivery dsn delivery_limits intake outcome pace report retry scheduler scheduler_pace scheduler_stop settle wait
+DECIDES := attempt backlog breaker bounce delivery dsn delivery_limits intake outcome pace probes report retry scheduler scheduler_pace scheduler_stop settle timeline verified wait
 
 coverage: $(READY)
 	$(BIN)/coverage run --branch --include='relay/mail/outcome.py,relay/mail/bounce.py,relay/delivery/*' \

@@ -287,3 +287,34 @@ async def test_settings_that_change_during_the_probe_are_tested_themselves(tmp_p
         await house.passes(120)
         assert house.verified.objection("acme") is None
         assert len(house.pool.probed) == 2
+
+
+async def test_a_secret_of_an_upstream_that_nobody_watches_is_no_reason_to_try_it(tmp_path: Path) -> None:
+    async with house_of(tmp_path) as house:
+        house.probes.secret_changed("acme")
+        house.probes.look()
+        await house.idle()
+        assert house.pool.probed == []
+
+
+async def test_a_mark_that_cannot_be_kept_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("the disk is full")
+
+    async with house_of(tmp_path, watched=("acme",)) as house:
+        await changed_house(house)
+        monkeypatch.setattr(house.marks, "record", refuse)
+        house.probes.secret_changed("acme")
+        house.probes.look()
+        await house.idle()
+    assert any("stays unverified: the disk is full" in event["what"] for event in house.log.events("note"))
+
+
+async def test_a_probe_that_works_closes_the_breaker_though_a_message_is_finding_out_too(tmp_path: Path) -> None:
+    async with house_of(tmp_path) as house:
+        for number in range(3):
+            house.breakers.record("acme", MessageId(str(number)), [DOWN])
+        house.clock.advance(1000)
+        assert house.breakers.admit("acme", MessageId("9")) is None, "it is the one to try"
+        house.breakers.record_probe("acme", None)
+        assert house.breakers.ready_at("acme") == 0.0

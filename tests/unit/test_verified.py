@@ -2,16 +2,27 @@
 
 import errno
 import json
+import os
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from relay.clock import ManualClock
 from relay.config.upstreams import Upstream
+from relay.delivery import verified as verified_module
+from relay.delivery.attempt import Attempts
+from relay.delivery.breaker import Breakers
+from relay.delivery.settle import Settler
 from relay.delivery.verified import Marks, Verified
+from relay.observe.metrics import Metrics
+from relay.routing import Router
+from relay.spool.memory import MemorySpool
+from tests.unit.delivery import FakePool, Log, claim_of, config_of
 
 PASSWORD = "hunter2-hunter2"
 KEYS: dict[str, Any] = {"host": "smtp.acme.example", "username": "app", "password": PASSWORD}
@@ -211,3 +222,76 @@ def test_a_link_in_the_place_of_a_mark_is_replaced_and_not_followed(house: House
     house.record()
     assert house.holds() and not file.is_symlink() and other.read_text() == "of somebody else"
     assert [each.name for each in (tmp_path / "verified").iterdir()] == [file.name], "nothing is left beside it"
+
+
+# -- marks that cannot be written, and what mail hears ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("look_up", "owner"),
+    [(lambda _: SimpleNamespace(pw_name="relay"), "belongs to relay;"), (dict[int, Any]().__getitem__, "belongs to uid 0;")],
+    ids=["named", "unnamed"],
+)
+def test_who_may_not_write_hears_whose_it_is(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look_up: Any, owner: str
+) -> None:
+    def refuse(*_: Any, **__: Any) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(verified_module.os, "open", refuse)
+    monkeypatch.setattr("pwd.getpwuid", look_up)
+    os.chown(tmp_path, 0, -1)
+    with pytest.raises(PermissionError, match=owner):
+        house.record()
+
+
+def test_where_nobody_can_look_it_belongs_to_another_user(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(house.marks, "_record", refuse)
+    monkeypatch.setattr(verified_module.os, "stat", refuse)
+    with pytest.raises(PermissionError, match="belongs to another user"):
+        house.record()
+
+
+def test_root_makes_no_spool_and_others_keep_what_they_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    house = House(tmp_path / "none")
+    monkeypatch.setattr(verified_module.os, "geteuid", lambda: 0)
+    with pytest.raises(FileNotFoundError, match="does not exist yet"):
+        house.record()
+    monkeypatch.setattr(verified_module.os, "geteuid", lambda: 1000)
+    house.record()
+    assert house.holds()
+
+
+def test_a_ca_file_that_has_gone_is_another_trust(house: House, tmp_path: Path) -> None:
+    file = tmp_path / "ca.pem"
+    file.write_text("-----BEGIN CERTIFICATE-----\none")
+    house.settings = upstream(ca_file=str(file))
+    house.record()
+    settings = house.settings.model_copy()
+    file.unlink()
+    house.settings = settings
+    assert not house.holds()
+
+
+async def test_mail_of_a_route_that_asks_for_it_goes_by_the_fallback_untried(house: House, tmp_path: Path) -> None:
+    config = config_of([{"name": "acme", "sender": "acme.example", "upstream": "acme", "fallback": "house", "verified_only": True}])
+    log, router, metrics, pool = Log(tmp_path, house.clock), Router(config), Metrics(), FakePool()
+    breakers = Breakers(config.retry, log.journal, metrics, house.clock)
+    attempts = Attempts(config, router, pool, log.journal, house.clock, breakers=breakers, verified=house.verified)  # type: ignore[arg-type]
+    claim = claim_of("you@example.org")
+    result = await attempts.send(claim, fresh=True)
+    assert (result.tried, pool.handed) == (False, [])
+    settler = Settler(
+        config, router, MemorySpool(tmp_path, house.clock, backoff=lambda _: 60.0), log.journal, house.clock, rng=random.Random(1),
+        breakers=breakers, metrics=metrics, verified=house.verified,
+    )  # fmt: skip
+    decided = settler._plan(claim, result)
+    assert (decided.fallback, decided.next and decided.next.counted) == ("house", False)
+    house.record()
+    house.clock.advance(5)
+    assert (await attempts.send(claim, fresh=True)).tried
+    await settler._spool.close()
+    log.text()
