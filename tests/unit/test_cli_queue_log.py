@@ -200,7 +200,8 @@ async def test_following_prints_what_is_new_and_ends_on_interrupt(tmp_path: Path
     filler = Filler(tmp_path / "spool", time.time())
     for n in range(12):
         await filler.end(await filler.put("app@acme.example", f"old{n}@x.example"), Status.SENT)
-    code = "import sys; from relay.cli import main; sys.exit(main(sys.argv[1:]))"
+    # A shell starts what runs in its background with SIGINT ignored, and these tests may well be run there.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from relay.cli import main; sys.exit(main(sys.argv[1:]))"
     output = tmp_path / "output"
     with output.open("wb") as out:
         process = subprocess.Popen(
