@@ -1,8 +1,8 @@
 """Unix sockets at a path: whose the path is, how a socket gets there, and that it goes again.
 
-State: a lock beside the socket for as long as the path is held; between asking whether a socket is dead and replacing it another relay
-may come. Laws: the socket of a program that lives is never replaced, that of a dead one always; it is never open to more than its mode
-says, whatever the umask; what is taken away is our own.
+State: a lock beside the socket for as long as the path is held, since another relay could come between the question whether a socket is
+dead and its replacement. Laws: the socket of a program that lives is never replaced, that of a dead one always; it is never open to
+more than its mode says, whatever the umask; what is taken away is our own.
 """
 
 import contextlib

@@ -79,7 +79,7 @@ class Access:
         self.allows = lru_cache(maxsize=1024)(lambda client: client.startswith("uid:") or is_from(client_of(client), networks))
 
     def enter(self, client: str, *, probe: bool = False) -> Reply | None:
-        """Count a connection from `client` (an address, or a user, whom the socket itself let in) in, or say why not.
+        """Count in a connection from `client` (an address, or a user, whom the socket itself has let in), or say why it is not.
 
         What entered must leave. A `probe` may come from anywhere.
         """

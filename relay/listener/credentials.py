@@ -13,6 +13,7 @@ import contextlib
 import hmac
 import os
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
@@ -28,8 +29,10 @@ from relay.listener.login import Given
 #: An application that logs in for every message costs one hash in so many seconds.
 _REMEMBER_SECONDS = 300.0
 
-# So many logins wait for a thread: some five seconds' work. The others are asked to come again (454).
+# So many logins wait for a thread: some five seconds' work, half of it for one address, as it may be guessing. The others are asked to
+# come again (454).
 _QUEUE = 40
+_QUEUE_OF_ONE = 20
 
 # After failures the next attempt waits 1 s, 2, 4 and so on: clients' own time limits begin at 30 s.
 _LONGEST_DELAY_SECONDS = 16.0
@@ -69,7 +72,7 @@ class Credentials:
         self._nobody = (secrets.token_bytes(32), 0.0)
         self._failures = Failures(delay)
         self._threads = ThreadPoolExecutor(2 if (os.cpu_count() or 1) > 2 else 1, thread_name_prefix="logins")
-        self._queued = 0
+        self._queued: Counter[str] = Counter()
         self._stopped = asyncio.Event()
 
     def uses(self) -> Iterator[Use]:
@@ -94,7 +97,7 @@ class Credentials:
             return Verdict.BUSY
         await self._pause(turn - now)
         begun = max(turn, self._clock.monotonic())
-        right = None if self._stopped.is_set() else await self._is_right(given)
+        right = None if self._stopped.is_set() else await self._is_right(given, key[0])
         if right is None:
             return Verdict.BUSY
         if right:
@@ -144,20 +147,20 @@ class Credentials:
         same = hmac.compare_digest(self._digest(given.password), digest)
         return same and given.password != "" and self._clock.monotonic() < until
 
-    async def _is_right(self, given: Given) -> bool | None:
+    async def _is_right(self, given: Given, address: str) -> bool | None:
         """None when there is no room to find out. What is wrong costs a hash, whoever it is, once any user has one."""
         if self._is_known(given):
             return True
         stored = self._stored(given.user)
         if stored is None:
             return False
-        if self._queued >= _QUEUE:
+        if self._queued.total() >= _QUEUE or self._queued[address] >= _QUEUE_OF_ONE:
             return None
-        self._queued += 1
+        self._queued[address] += 1
         try:
             matches = await asyncio.get_running_loop().run_in_executor(self._threads, stored.matches, given.password)
         finally:
-            self._queued -= 1
+            self._queued -= Counter((address,))
         if not (matches and given.password and self._hashes.get(given.user) is stored):  # nobody's, or changed meanwhile
             return False
         self._right[given.user] = (self._digest(given.password), self._clock.monotonic() + _REMEMBER_SECONDS)

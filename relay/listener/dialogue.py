@@ -333,6 +333,8 @@ class Dialogue:
             return _NEED_MAIL
         if not transaction.recipients:
             return _NEED_RCPT
+        if size > self._door.settings.message_size:
+            return None  # said when the octets have come; what no message has is nothing to ask the spool about
         try:
             obstacle = self._door.obstacle(size)
         except Exception as error:  # law 9

@@ -15,6 +15,9 @@ _LOCAL_LIMIT_OCTETS = 128
 _DOMAIN_LIMIT_OCTETS = 255
 _ADDRESS_LIMIT_OCTETS = 254  # a path of 256 without its brackets
 
+# Patterns of longer addresses are not kept: all of dots and plus signs, 254 octets have 35 KB of them.
+_REMEMBERED_LENGTH = 80
+
 _ATEXT = r"A-Za-z0-9!#$%&'*+/=?^_`{|}~\-"
 _LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
 _match_common = re.compile(rf" ?<([{_ATEXT}.]{{1,64}}@{_LABEL}(?:\.{_LABEL})*)>(?: ([!-~][ -~]*))?").fullmatch
@@ -108,9 +111,13 @@ def folded(address: str) -> str:
     return f"{local}@{domain}" if domain else local
 
 
-@lru_cache(maxsize=8192)
 def patterns_for(address: str) -> tuple[str, ...]:
     """Every condition that this address meets: itself without its tag and with it, its domain, those above as `*.`, and `*`."""
+    return _patterns(address) if len(address) <= _REMEMBERED_LENGTH else _patterns.__wrapped__(address)
+
+
+@lru_cache(maxsize=8192)
+def _patterns(address: str) -> tuple[str, ...]:
     address = folded(address)
     local, at, domain = address.rpartition("@")
     if not at:

@@ -6,7 +6,8 @@ What is stored has CRLF line ends only and no transparency dots. Dots are taken 
 import re
 from io import IncrementalNewlineDecoder
 
-_BARE = re.compile(rb"\r+\n|\n|\r")
+# Looked for at the first CR of a run only: from each CR of a long one, the way to its end would be quadratic.
+_CRS = re.compile(rb"(?<!\r)\r+\n")
 _DOT_LINE = re.compile(rb"^\.(?=[^\r])", re.MULTILINE)
 
 
@@ -19,7 +20,10 @@ def normalize(octets: bytes) -> bytes:
     seen.decode(octets.decode("latin-1"), final=True)
     if seen.newlines in (None, "\r\n"):
         return octets
-    return _BARE.sub(lambda match: b" " if match[0] == b"\r" else b"\r\n", octets)
+    octets = octets.replace(b"\r\n", b"\n")
+    if b"\r" in octets:
+        octets = _CRS.sub(b"\n", octets).replace(b"\r", b" ")
+    return octets.replace(b"\n", b"\r\n")
 
 
 def has_dot_line(octets: bytes) -> bool:

@@ -20,6 +20,7 @@ from relay.mail.reply import printable
 _SUMMARY_LIMIT = 200  # characters
 _SHOWN_LIMIT_OCTETS = 4096  # of a field, when it is decoded for a person
 _MAILBOX_LIMIT_OCTETS = 4096  # a From longer than this is not read
+_REMEMBERED_OCTETS = 500  # a From may have a megabyte, and thousands are remembered
 _RUN_LIMIT = 16384  # characters of neighbouring encoded words: a few of Python's codecs take quadratic time
 
 # The mbox line `From app Tue Nov…` before the header is junk that old programs write; it does not end the header block.
@@ -194,7 +195,9 @@ def from_address(values: list[bytes]) -> str:
 
     `values` are the raw values of all From fields. Also used for Sender.
     """
-    return _address_of(values[0]) if len(values) == 1 else ""
+    if len(values) != 1:
+        return ""
+    return _address_of(values[0]) if len(values[0]) <= _REMEMBERED_OCTETS else _address_of.__wrapped__(values[0])
 
 
 @lru_cache(maxsize=4096)  # an app writes the same From again and again

@@ -25,6 +25,8 @@ class Reply(NamedTuple):
     text: str
 
     def __str__(self) -> str:
+        if self.code and self.enhanced and self.text:  # nearly all
+            return f"{self.code} {self.enhanced} {self.text}"
         return " ".join(part for part in (str(self.code) if self.code else "", self.enhanced, self.text) if part)
 
     @property

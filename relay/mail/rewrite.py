@@ -1,8 +1,8 @@
 """Change the header block and the sender on the way out, as a route's `rewrite` says.
 
-Every field that no rule touches leaves byte for byte as it came. Bcc, Resent-Bcc and Return-Path never leave, whatever the rules
-say. The order is fixed: remove, From, Reply-To, set, add, subject prefix. A DKIM-Signature that came with the message is left
-alone, even where a rule breaks it. What the rules write is pure ASCII (RFC 2047), but for addresses that need SMTPUTF8.
+Every field that no rule touches leaves byte for byte as it came. Bcc, Resent-Bcc, Return-Path and the `From …` line of a mailbox never
+leave, whatever the rules say. The order is fixed: remove, From, Reply-To, set, add, subject prefix. A DKIM-Signature that came with
+the message is left alone, even where a rule breaks it. What the rules write is pure ASCII (RFC 2047), but for addresses that need SMTPUTF8.
 Rules are values: what they render to is worked out once and kept. Where no rule applies, the same object comes back.
 """
 
@@ -18,8 +18,9 @@ from relay.mail.reply import printable
 _LINE_LIMIT_OCTETS = 998  # RFC 5322 section 2.1.1, without CRLF
 _FOLD_AT = 900  # leaves room for the name and a few words of grace
 _WORD_LIMIT = 75  # RFC 2047 section 2
-_PRIVATE = re.compile(rb"^(?:(?:resent-)?bcc|return-path)[ \t]*:", re.IGNORECASE | re.MULTILINE)
+_PRIVATE = re.compile(rb"^(?:(?:(?:resent-)?bcc|return-path)[ \t]*:|>?From )", re.IGNORECASE | re.MULTILINE)
 _PRIVATE_NAMES = frozenset({b"bcc", b"resent-bcc", b"return-path"})
+_MAILBOX_LINES = (b"From ", b">From ")
 _PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(?: [A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*")
 _PHRASE_BYTES = re.compile(rb"[A-Za-z0-9!#$%&'*+/=?^_`{|}~. \t\x80-\xff-]+|\"(?:[^\"\\]|\\.)*\"")
 _Q_PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!*+-/")  # RFC 2047 section 5 (3)
@@ -87,11 +88,16 @@ def rewrite_header(block: bytes, rules: Rewrite | None) -> bytes:
 
 def _without_private(block: bytes) -> bytes:
     lowered = block.lower()
-    if b"bcc" not in lowered and b"return-path" not in lowered:
+    if b"bcc" not in lowered and b"return-path" not in lowered and b"From " not in block:
         return block
     if not _PRIVATE.search(block):
         return block
-    return join(part for part in fields(block) if part.name.lower() not in _PRIVATE_NAMES)
+    return join(part for part in fields(block) if not _is_private(part))
+
+
+def _is_private(part: Field) -> bool:
+    """Whether a field is nobody else's business. Servers take the line of a mailbox behind our trace for the end of the header."""
+    return part.name.lower() in _PRIVATE_NAMES if part.name else part.raw.startswith(_MAILBOX_LINES)
 
 
 def envelope_sender(sender: str, rules: Rewrite | None) -> str:

@@ -111,7 +111,7 @@ def _letter(options: Options) -> Letter:
     recipients = [address for text in options.recipients for address in parse_list(_text(text))]
     if not recipients and not options.from_header:
         raise UsageError("no recipient is given, neither here nor with -t")
-    sender = parse_one(_text(options.sender)) if options.sender is not None else _login()
+    sender = parse_one(_text(options.sender if options.sender is not None else _login()))
     try:
         octets = read(0, dot_ends=options.dot_ends)
     except OSError as error:
@@ -132,7 +132,7 @@ def _text(argument: str) -> str:
 
 
 def _login() -> str:
-    """Who has called us: a bare name, which the relay completes. Raises AddressError."""
+    """Who has called us: a bare name, which the relay completes. From the environment, it may be anything. Raises Refused."""
     import pwd
 
     try:

@@ -75,7 +75,7 @@ def lines_of(octets: bytes, *, dot_ends: bool) -> bytes:
         if b"\r\n" in octets:  # CR CR LF and the like
             import re  # not for the ordinary message: it would double what there is to load
 
-            octets = re.sub(rb"\r+\n", b"\n", octets)
+            octets = re.sub(rb"(?<!\r)\r+\n", b"\n", octets)  # from each CR of a run on, it would be quadratic
     while octets.startswith((b"From ", b">From ", b">>From ")):
         octets = octets.partition(b"\n")[2]
     if dot_ends and (octets == b"." or octets.endswith(b"\n.")):

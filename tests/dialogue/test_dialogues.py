@@ -29,7 +29,7 @@ from relay.listener import server
 from relay.mail.content import stuff
 from relay.spool.base import SpoolError, SpoolFull
 from tests.support.client import Client
-from tests.support.eventually import eventually
+from tests.support.eventually import PATIENCE_SECONDS, eventually
 from tests.support.front import HOSTNAME, Front
 
 HERE = Path(__file__).parent
@@ -224,7 +224,7 @@ async def test_the_dialogue(name: str, way: str, tmp_path: Path, monkeypatch: py
         stage = Stage(front, chunk=1 if way == "octets" else 0)
         try:
             for step in in_packets(steps) if way == "packet" else steps:
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(PATIENCE_SECONDS):
                     try:
                         await stage.perform(step)
                     except AssertionError as error:

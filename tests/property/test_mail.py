@@ -225,4 +225,4 @@ def test_the_index_finds_what_asking_every_route_finds(
     match, verdicts = router.match(facts), router.explain(facts)
     assert match.route is (verdicts[-1].route if verdicts and verdicts[-1].matched else None)
     if match.route is not None and not match.route.reject:
-        assert router.could_match_sender(sender, facts.origin)
+        assert router.sender_refusal(sender, facts.origin) == ""

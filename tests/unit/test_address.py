@@ -1,5 +1,7 @@
 """Addresses: the grammar, its errors, and how addresses compare."""
 
+import tracemalloc
+
 import pytest
 
 from relay.mail.address import (
@@ -187,6 +189,17 @@ def test_the_patterns_of_an_address_are_all_that_may_match_it() -> None:
     assert patterns_for("+x@y") == ("+x@y", "y", "*")
     assert patterns_for("a@[127.0.0.1]") == ("a@[127.0.0.1]", "[127.0.0.1]", "*")
     assert patterns_for("root") == patterns_for("") == ("*",)
+
+
+def test_no_flood_of_odd_addresses_is_remembered() -> None:
+    tracemalloc.start()
+    try:
+        for number in range(500):
+            assert f"a+{number}@*" not in patterns_for(f"a+{number}{'+' * 100}@{'x.' * 60}example")
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 2_000_000  # 20 MB, where each leaves its patterns behind
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from relay.listener.chunks import Chunks, parse_chunk
 from relay.listener.data import Gathering, Input
+from relay.spool.base import SpoolFull
 from tests.support.client import Client
 from tests.support.eventually import eventually
 from tests.support.front import Front
@@ -71,6 +72,17 @@ async def test_a_chunk_over_the_limit_is_read_without_being_kept(tmp_path: Path)
             tracemalloc.stop()
         await client.quit()
         assert front.taken == []
+
+
+async def test_a_size_that_no_message_has_is_nothing_to_ask_the_spool_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be full, and the operator be told that it takes no mail."""
+    async with Front(tmp_path, listener={"message_size": 1000}) as front, front.client() as client:
+        monkeypatch.setattr(front.spool, "obstacle", lambda size=0: SpoolFull("1 MB free") if size > MEBIBYTE else None)
+        await begin(client)
+        await client.send(b"BDAT %d LAST\r\n" % (2 * MEBIBYTE) + b"RSET\r\nXX" * (MEBIBYTE // 4))
+        await client.expect(552, "5.3.4")
+        await client.quit()
+        assert front.events("note") == []
 
 
 async def test_a_fault_of_ours_at_bdat_loses_no_framing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

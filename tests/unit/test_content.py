@@ -1,6 +1,7 @@
 """Line ends and dots, one case a line."""
 
 import re
+import time
 
 import pytest
 from hypothesis import given
@@ -41,6 +42,14 @@ def test_every_line_end_becomes_crlf(octets: bytes, expected: bytes) -> None:
 def test_what_is_right_already_is_not_copied() -> None:
     octets = b"Subject: x\r\n\r\nbody\xff\r\n"
     assert normalize(octets) is octets
+
+
+@pytest.mark.parametrize("unit", [b"\r", b"\n", b"\r\r\n", b"\rx", b"\n\r", b"\r" * 50_000 + b"x", b"\r" * 50_000 + b"\n"])
+def test_bare_line_ends_cost_linear_time(unit: bytes) -> None:
+    octets = (unit * 262_144)[:262_144] if len(unit) < 4 else unit * 5
+    started = time.process_time()
+    normalize(octets + b".")
+    assert time.process_time() - started < 5  # it takes 50 ms; where each CR looks for the end of its run, minutes
 
 
 @given(st.lists(st.sampled_from([b"\r", b"\n", b"\r\n", b".", b"a", b"\xff", b"\0"])).map(b"".join))

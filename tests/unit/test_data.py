@@ -96,7 +96,7 @@ async def test_the_end_is_seen_when_it_arrives_while_the_file_is_written() -> No
     await gate.writing.wait()
     source.feed(b"end\r\n.\r\nNOOP\r\nQUIT\r\n")
     gate.open.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         received = await task
     assert gate.octets == LARGE + b"end\r\n"
     assert received.content.size == len(gate.octets)
@@ -111,7 +111,7 @@ async def test_the_loss_of_the_connection_is_seen_when_it_happens_while_the_file
     source.end()
     gate.open.set()
     with pytest.raises(Disconnected):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await task
     assert gate.discarded
 

@@ -139,9 +139,9 @@ async def test_an_unknown_user_and_a_wrong_password_take_the_same_time(make: Mak
     times: dict[str, list[float]] = {"dms": [], "nobody": []}
     for _ in range(5):
         for name, own in times.items():
-            begun = time.perf_counter()
+            begun = time.process_time()  # all threads', and what else the machine does counts nothing
             await credentials.verify(Given(name, "wrong"), HOME)
-            own.append(time.perf_counter() - begun)
+            own.append(time.process_time() - begun)
     known, unknown = min(times["dms"]), min(times["nobody"])
     print(f"a wrong password took {known * 1000:.1f} ms, an unknown user {unknown * 1000:.1f} ms")
     assert known / 1.5 < unknown < known * 1.5
@@ -196,9 +196,20 @@ async def test_a_stop_lets_nobody_wait(make: Make) -> None:
     await asyncio.sleep(0)
     assert not task.done()
     credentials.stop()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         assert await task is Verdict.WRONG
         assert await waiting is Verdict.BUSY
+
+
+async def test_a_flood_from_one_address_leaves_room_for_the_others(make: Make) -> None:
+    credentials = make({"crm": {"password_hash": CHEAP}})
+    flood = [asyncio.create_task(credentials.verify(Given(f"user{number}", "guess"), "10.0.0.1")) for number in range(200)]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(20):
+        assert await credentials.verify(Given("crm", "s3cret"), "10.0.0.2") is Verdict.RIGHT
+        assert (await asyncio.gather(*flood)).count(Verdict.BUSY) == 200 - module._QUEUE_OF_ONE
+    async with asyncio.timeout(20):
+        assert await credentials.verify(Given("nobody", "guess"), "10.0.0.1") is Verdict.WRONG
 
 
 async def test_a_flood_waits_in_a_short_queue_and_the_loop_goes_on(make: Make) -> None:

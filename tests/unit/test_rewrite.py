@@ -44,6 +44,15 @@ def test_hidden_recipients_and_the_return_path_never_leave(rules: Rewrite | None
     assert kept == b"A: 1\r\nX-Bcc: stays\r\n"
 
 
+@pytest.mark.parametrize("rules", [None, Rewrite(set_headers=(("A", "1"),))])
+@pytest.mark.parametrize("line", [b"From app Tue Nov 22 10:00:00 2026\r\n", b">From app Tue\r\n folded\r\n", b"From a\r\nFrom b: c\r\n"])
+def test_the_line_of_a_mailbox_behind_our_trace_does_not_leave(rules: Rewrite | None, line: bytes) -> None:
+    """Servers take it for the end of the header."""
+    trace, header = b"Received: by relay\r\n", b"From : app@acme.example\r\nA: 1\r\nX: \r\n From here\r\n"
+    assert rewrite_header(trace + line + header, rules) == trace + header
+    assert rewrite_header(line + header, rules) == header
+
+
 def test_a_word_like_bcc_elsewhere_changes_nothing() -> None:
     block = b"Subject: bcc: and return-path\r\n"
     assert rewrite_header(block, None) is block

@@ -1,11 +1,13 @@
 """The addresses of a recipient field."""
 
 import email.utils
+import pwd
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relay.sendmail import EX_DATAERR, main
 from relay.sendmail.addresses import AddressError, parse_list, parse_one
 
 
@@ -82,6 +84,16 @@ def test_nothing_that_is_read_can_leave_its_place_in_a_command(text: str) -> Non
         assert not any(character < " " or character == "\x7f" for character in address)
         if '"' not in address:
             assert not set("<> ") & set(address)
+
+
+def test_the_name_of_a_user_whom_only_the_environment_knows_cannot_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setenv("LOGNAME", "app>\r\nRCPT TO:<victim@example.org")
+    monkeypatch.setenv("RELAY_DROP", "/nonexistent")
+    assert main(["you@example.org"], name="sendmail") == EX_DATAERR
 
 
 _ATOM = st.text(st.sampled_from("abcXYZ019!#$%&'*+-/=?^_`{|}~"), min_size=1, max_size=8)

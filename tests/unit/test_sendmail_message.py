@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from email import message_from_bytes
 from email.header import decode_header, make_header
 
@@ -41,6 +42,13 @@ def content(octets: bytes, *, dot_ends: bool = True) -> bytes:
 def test_a_line_of_a_single_dot_ends_the_message_though_the_writer_goes_on(pieces: tuple[bytes, ...]) -> None:
     octets = through_a_pipe(*pieces, dot_ends=True, closed=False)
     assert lines_of(octets, dot_ends=True) == b"a\n"
+
+
+def test_a_progress_bar_of_carriage_returns_is_read_in_linear_time() -> None:
+    octets = b"\r" * 200_000 + b"done\r\r\n"
+    started = time.process_time()
+    assert lines_of(octets, dot_ends=False) == b"\r" * 200_000 + b"done\n"
+    assert time.process_time() - started < 5
 
 
 def test_without_it_the_message_goes_on_to_the_end_of_the_input() -> None:
