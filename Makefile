@@ -18,7 +18,7 @@ READY := $(VENV)/.ready
 .PHONY: help demo test crash chaos fuzz check coverage crowd scale pace format golden test-all clean
 
 help:
-	@echo 'make demo      two upstreams, a fallback, and the relay on 127.0.0.1:2525'
+	@echo 'make demo      three tenants, their providers, and the relay on 127.0.0.1:2525'
 	@echo 'make test      the test suite'
 	@echo 'make crash     the crash tests at length, with counts: power cuts, kills, failing disks; some minutes'
 	@echo 'make chaos     ten minutes of broken connections to upstreams, with the account; CHAOS_SECONDS=60 makes it a minute'
@@ -56,7 +56,7 @@ check: $(READY)
 
 # Units and contracts alone: a branch that only a whole relay reaches by chance is not tested.
 # The tests of what decides: all of tests/unit would take ten times as long and add nothing.
-DECIDES := attempt backlog breaker bounce delivery dsn delivery_limits intake outcome pace probes report retry scheduler scheduler_pace scheduler_stop settle timeline verified wait
+DECIDES := attempt backlog breaker bounce delivery dsn delivery_limits intake outcome pace probes report retry rounds scheduler scheduler_pace scheduler_stop settle timeline verified wait
 
 coverage: $(READY)
 	$(BIN)/coverage run --branch --include='relay/mail/outcome.py,relay/mail/bounce.py,relay/delivery/*' \

@@ -41,7 +41,7 @@ _CROWD_SECONDS = 3600.0
 _OF_ALL = (0, 421, 530, 534, 535, 538)
 
 # The machine lacks something for the moment; with the file there is nothing wrong.
-_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 
 
 class Result(NamedTuple):
@@ -60,6 +60,10 @@ class Result(NamedTuple):
     transactions: int = 1
     used: tuple[Used, ...] = ()
     resumes: float = 0.0
+
+
+class _Unread(Exception):
+    """Content could not be read to its end: its final dot was not sent, and nobody has the message."""
 
 
 class Attempts:
@@ -105,6 +109,10 @@ class Attempts:
             finally:
                 revived = self._breakers.record(claim.lane.upstream, claim.id, outcomes.values())
             return result._replace(revived=True) if revived else result
+        except _Unread as error:
+            self._journal.fault("reading a message", error, id=claim.id)
+            unread = Outcome(Status.DEFERRED, Scope.MESSAGE, Phase.CONTENT, Reply(0, "", f"its content cannot be read now: {error}"))
+            return Result({r.address: outcomes.get(r.address, unread) for r in claim.envelope.recipients})
         except Exception as error:
             self._journal.fault("an attempt", error, id=claim.id, session=claim.origin.session)
             # Whether the upstream has it is not known, so nobody else may get it.
@@ -235,14 +243,20 @@ class Attempts:
         """The content of a file, or its head and how to get the rest. Raises OSError."""
         assert content.path is not None, "content has octets or a path"
         path, loop = content.path, asyncio.get_running_loop()
-        head = await loop.run_in_executor(None, _read_head, path, content.size)
+        try:
+            head = await loop.run_in_executor(None, _read_head, path, content.size)
+        except RuntimeError as error:  # the system has no thread left, as `dial` has it
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
 
         async def rest() -> AsyncGenerator[bytes, None]:
             place = len(head)
             while place < content.size:
-                octets = await loop.run_in_executor(None, _read_slice, path, place, _SLICE_BYTES)
+                try:
+                    octets = await loop.run_in_executor(None, _read_slice, path, place, _SLICE_BYTES)
+                except (OSError, RuntimeError) as error:  # RuntimeError: the system has no thread left
+                    raise _Unread(str(error)) from error
                 if not octets:
-                    raise OSError("the content file is shorter than it was")
+                    raise _Unread("the file is shorter than it was")
                 place += len(octets)
                 async with self._turn:  # one of the large messages works on its slice in each round of the loop, not all of them
                     await asyncio.sleep(0)

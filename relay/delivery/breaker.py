@@ -1,8 +1,8 @@
 """Whether an upstream is worth a connection at the moment: a circuit breaker for the way to it, and one for its credential.
 
 Closed; open after failures that concern everybody; half-open when its time is up, for one message that tries while the others go on
-as if it were open; closed by the first one that the upstream deals with. What is said about one recipient or message, a request to
-slow down and a reply lost after the last octet are no failures of the upstream.
+as if it were open; closed by the first one that the upstream deals with. What is said about one recipient or message and a request to
+slow down are no failures of the upstream; a reply lost after the last octet is one, though that message stays with it.
 
 State: in memory, of upstreams that have failed since they last dealt with a message; a restart begins with all closed. No network, no
 task, no timer: time is looked at when somebody asks.
@@ -41,7 +41,7 @@ _WAY: Final = _Kind("connection", 3, 30.0, 900.0)
 # Providers lock an account after some ten wrong passwords (Active Directory's usual threshold), so the first refusal is enough.
 _LOGIN: Final = _Kind("credential", 1, 900.0, 21_600.0)
 
-_TRANSACTION: Final = (Phase.MAIL, Phase.RCPT, Phase.DATA, Phase.CONTENT)
+_TRANSACTION: Final = (Phase.MAIL, Phase.RCPT, Phase.DATA, Phase.CONTENT, Phase.FINAL)
 
 #: Who tries when no message does.
 PROBE: Final = MessageId("a probe")
@@ -119,10 +119,7 @@ class Breakers:
         if trouble.trying is None and circuit.until <= self._clock.monotonic():
             trouble.trying = id
             return None
-        since = datetime.fromtimestamp(circuit.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        what = "has refused its credential" if circuit.kind is _LOGIN else "has failed"
-        text = f"not tried: {upstream} {what} since {since}; last: {circuit.reply}"
-        return Outcome(Status.DEFERRED, Scope.UPSTREAM, Phase.RESOLVE, Reply(0, "", text), fallback=True)
+        return _objection(upstream, circuit)
 
     def record(self, upstream: str, id: MessageId, outcomes: Iterable[Outcome]) -> bool:
         """Note what an admitted attempt came to. Answers whether the upstream works again after a long time."""
@@ -158,6 +155,11 @@ class Breakers:
         return self._close(upstream, trouble)
 
     # -- for decisions ----------------------------------------------------------------------------------------------------
+
+    def objection(self, upstream: str) -> Outcome | None:
+        """What mail hears that is not to be tried now; None: it may be."""
+        trouble = self._troubles.get(upstream) if self.ready_at(upstream) else None
+        return _objection(upstream, trouble.open) if trouble is not None and trouble.open is not None else None
 
     def ready_at(self, upstream: str) -> float:
         """From when on a message may try it (epoch); 0.0: now."""
@@ -228,6 +230,13 @@ class Breakers:
         return seconds >= _LONG_SECONDS
 
 
+def _objection(upstream: str, circuit: _Circuit) -> Outcome:
+    since = datetime.fromtimestamp(circuit.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    what = "has refused its credential" if circuit.kind is _LOGIN else "has failed"
+    text = f"not tried: {upstream} {what} since {since}; last: {circuit.reply}"
+    return Outcome(Status.DEFERRED, Scope.UPSTREAM, Phase.RESOLVE, Reply(0, "", text), fallback=True)
+
+
 def _sign(outcomes: Iterable[Outcome]) -> tuple[_Sign, Outcome | None]:
     """What the outcomes of one attempt say about the upstream, and which of them does where it is a failure."""
     works = False
@@ -236,7 +245,8 @@ def _sign(outcomes: Iterable[Outcome]) -> tuple[_Sign, Outcome | None]:
         if outcome.status is Status.SENT:
             return _Sign.WORKS, None
         refused = outcome.scope is Scope.CREDENTIAL
-        if refused or (outcome.scope is Scope.UPSTREAM and outcome.status is Status.DEFERRED and outcome.fallback):
+        fails = outcome.scope is Scope.UPSTREAM and outcome.status is Status.DEFERRED and (outcome.fallback or outcome.in_doubt)
+        if refused or fails:
             failure = outcome if failure is None or refused else failure
         elif outcome.status is Status.FAILED or outcome.scope in (Scope.RECIPIENT, Scope.MESSAGE):
             works = True

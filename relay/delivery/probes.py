@@ -4,7 +4,7 @@ Two reasons: `probe` in the configuration says how often, and an upstream that w
 itself, which keeps the mark on success. What a probe comes to is the breaker's to know, like an attempt's; an open one is respected.
 
 State: when each upstream's turn comes, and the probes under way. Laws: never two of one upstream at a time, few at once in all, none
-where mail has just opened a session; a probe never keeps the process from stopping.
+where mail has just opened a session or has all connections; a probe never keeps the process from stopping.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from relay.delivery.verified import Marks, Verified
 from relay.mail.outcome import Outcome, Scope
 from relay.observe.journal import Journal
 from relay.observe.metrics import Metrics
+from relay.upstream.rides import Busy
 
 #: At once: each may take as long as a connection does to fail, and ten thousand upstreams an hour are three a second.
 _AT_ONCE: Final = 8
@@ -38,7 +39,7 @@ class Opener(Protocol):
     """The pool, as probes see it."""
 
     async def probe(self, name: str) -> Outcome | None:
-        """Open a session and end it; None where that works."""
+        """Open a session and end it; None where that works. Raises Busy."""
         ...
 
     def settings(self, name: str) -> Upstream: ...
@@ -142,6 +143,9 @@ class Probes:
         used = self._pool.settings(name)
         try:
             outcome = await self._pool.probe(name)
+        except Busy:  # with mail, which tells as much
+            self._breakers.record(name, PROBE, ())
+            return
         except Exception as error:
             self._journal.fault(f"the probe of upstream {name}", error)
             self._breakers.record(name, PROBE, ())

@@ -7,10 +7,10 @@ a report is routed as the sender's own mail is; nobody is told about a report.
 
 import asyncio
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from relay.clock import Clock
 from relay.config.model import Config, Retry
@@ -22,6 +22,8 @@ from relay.mail.envelope import Envelope, Origin, Recipient
 from relay.mail.outcome import Status
 from relay.routing import Router
 from relay.spool.base import Claim, Content, Draft, Lane, MessageId, Spool
+
+_T = TypeVar("_T")
 
 _HEAD_BYTES = 64 * 1024  # of a content file: as much header as a report shows
 
@@ -73,7 +75,7 @@ class Reporter:
         new_id = self._spool.new_id()
         make = partial(make_bounce, about, reporting_mta=self._config.hostname, bounce_id=new_id, now=now)
         if len(notices) > _AT_ONCE:
-            bounce = await asyncio.get_running_loop().run_in_executor(None, make)
+            bounce = await _beside_the_loop(make)
         else:
             bounce = make()
         if bounce is None:
@@ -130,7 +132,15 @@ async def _original(content: Content, header_block: bytes) -> tuple[bytes, bytes
         return head, header.separator(rest) + rest
     if header_block or content.path is None:
         return header_block, None
-    return await asyncio.get_running_loop().run_in_executor(None, _header_of, content.path), None
+    return await _beside_the_loop(partial(_header_of, content.path)), None
+
+
+async def _beside_the_loop(work: Callable[[], _T]) -> _T:
+    """What `work` answers, from a thread. Where the system has none left, from here: what became of the message waits to be stored."""
+    try:
+        return await asyncio.get_running_loop().run_in_executor(None, work)
+    except RuntimeError:
+        return work()
 
 
 def _header_of(path: Path) -> bytes:

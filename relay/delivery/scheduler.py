@@ -9,7 +9,8 @@ uses up its own slots and nothing else; one that has nothing due, or may not be 
 
 import asyncio
 import heapq
-from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Sequence
+from functools import partial
 from itertools import islice
 from math import inf
 from typing import Any
@@ -18,7 +19,8 @@ from relay.clock import Clock
 from relay.config.model import Config
 from relay.delivery.attempt import Attempts, Result, untried
 from relay.delivery.breaker import Breakers
-from relay.delivery.pace import Paces, Pacing
+from relay.delivery.pace import Pace, Paces, Pacing
+from relay.delivery.rounds import Rounds, Work
 from relay.delivery.settle import Settler
 from relay.delivery.slots import Slots, account
 from relay.delivery.timeline import Timeline
@@ -32,9 +34,6 @@ _REFRESH_SOON_SECONDS = 5.0
 
 #: While the contents of all claims in memory together exceed this, nothing is claimed ahead of a free slot (law 8).
 _MEMORY_LIMIT_BYTES = 64 * 1024 * 1024
-
-#: Held mail whose time is up is given up so many at once, each with its content in memory.
-_OVERDUE_AT_ONCE = 100
 
 #: Slots for lanes whose upstream is no longer configured: their mail is matched again or held, and touches no network.
 _ORPHAN_SLOTS = 5
@@ -65,6 +64,7 @@ class Scheduler:
         self._asking: dict[str, Slots] = {}  # the upstreams from whose lanes more can be claimed, as far as is known
         self._resting: list[tuple[float, str]] = []  # heap: when (monotonic) to look at upstreams whose pace allows nothing now
         self._timeline = Timeline()
+        self._rounds = Rounds(config, spool, settler, breakers, clock, pace_of=self._pace_of, own=self._end)
         self._changed = asyncio.Event()
         self._refresh_at = 0.0  # monotonic seconds
         self._running: dict[asyncio.Task[None], Claim] = {}
@@ -102,11 +102,10 @@ class Scheduler:
 
     # -- for operators, and for the pool ----------------------------------------------------------------------------------
 
-    def give_up(self, claims: Sequence[Claim], reason: str, *, waited_for: str = "") -> Collection[asyncio.Task[None]]:
+    def give_up(self, claims: Sequence[Claim], reason: str) -> Collection[asyncio.Task[None]]:
         """End claimed messages as failed, each with its bounce; what is answered is done when that is stored. `reason` is for their
-        senders; `""`: their time was up while they were held, or `waited_for` something."""
-        self._octets += sum(len(claim.content.octets or b"") for claim in claims)
-        return [self._own(claim, self._end(claim, reason, waited_for)) for claim in claims]
+        senders."""
+        return [self._end(claim, partial(self._settler.give_up, claim, reason)) for claim in claims]
 
     def try_now(self, upstream: str) -> None:
         """Somebody wants this upstream tried, though its breaker may be open."""
@@ -133,15 +132,20 @@ class Scheduler:
     # -- the service ------------------------------------------------------------------------------------------------------
 
     async def serve(self) -> None:
-        """Run until cancelled. Ends only with what must stop the process."""
+        """Run until cancelled. Ends only with what must stop the process. Trouble of the spool that lasts is told each time half as often."""
+        failures = 0
         while True:
             self._changed.clear()
             try:
                 await self._refresh()
                 self._collect()
                 await self._claim()
+                await self._go_round()
+                failures = 0
             except SpoolError as error:
-                self._journal.fault("looking for due mail", error)
+                failures += 1
+                if failures.bit_count() == 1:
+                    self._journal.fault("looking for due mail", error)
             try:
                 async with asyncio.timeout(self._pause()):
                     await self._changed.wait()
@@ -175,11 +179,11 @@ class Scheduler:
         if self._clock.monotonic() < self._refresh_at:
             return
         self._refresh_at = self._clock.monotonic() + _REFRESH_SOON_SECONDS  # unless the spool answers
+        held = [*self._running.values(), *(claim for slots in self._slots.values() for claim, _ in slots.window)]
+        await self._spool.renew(held)  # before leases are looked at
         if self._put_off:
             await self._bring_forward()
             return
-        held = [*self._running.values(), *(claim for slots in self._slots.values() for claim, _ in slots.window)]
-        await self._spool.renew(held)  # before leases are looked at
         waiting = await self._spool.next_due()
         for lane, when in waiting.items():
             self.wake(lane, when)
@@ -189,11 +193,8 @@ class Scheduler:
                 self._ask(slots)
         self._put_off = dict.fromkeys(lane for lane in waiting if lane.upstream in self._revived)
         self._revived.clear()
-        async with self._claiming:
-            overdue = await self._spool.overdue(_OVERDUE_AT_ONCE) if not self._stopping else ()
-            self.give_up(overdue, "")
-            more = await self._look_after(waiting) or len(overdue) == _OVERDUE_AT_ONCE
-        self._refresh_at = self._clock.monotonic() + (0.0 if self._put_off else _REFRESH_SOON_SECONDS if more else _REFRESH_SECONDS)
+        self._rounds.begin()
+        self._refresh_at = self._clock.monotonic() + (0.0 if self._put_off else _REFRESH_SECONDS)
 
     async def _bring_forward(self) -> None:
         """Make mail due that was put off while its upstream did not work: a page of one lane, and then others' mail is claimed."""
@@ -205,24 +206,14 @@ class Scheduler:
         self._refresh_at = 0.0
         self._changed.set()
 
-    async def _look_after(self, waiting: Mapping[Lane, float]) -> bool:
-        """In lanes that wait for their pace: end what is too old, and take home what may go there. Answers whether there may be more."""
-        more, now, returning = False, self._clock.now(), set[str]()
-        for lane in [lane for lane, due in waiting.items() if due <= now and not self._stopping]:
-            if (slots := self._slots.get(lane.upstream)) is None or slots.pace is None or slots.pace.room() > 0:
-                continue
-            claims = await self._spool.late(lane, now - self._settler.expiry_of(lane), _OVERDUE_AT_ONCE)
-            self.give_up(claims, "", waited_for=f"{lane.upstream} {slots.pace.reason()}")
-            more = more or len(claims) == _OVERDUE_AT_ONCE
-            if (home := self._settler.home_of(lane)) is not None:
-                claims = await self._spool.late(lane, now, _OVERDUE_AT_ONCE)
-                self._octets += sum(len(claim.content.octets or b"") for claim in claims)
-                for claim in claims:
-                    self._return(claim, None if any(r.in_doubt for r in claim.envelope.recipients) else home)
-                if len(claims) == _OVERDUE_AT_ONCE:
-                    returning.add(lane.route)
-        self._settler.returned(returning)
-        return more or bool(returning)
+    async def _go_round(self) -> None:
+        """The next page of the rounds, if it is time for it."""
+        if not self._stopping and self._rounds.at <= self._clock.monotonic():
+            async with self._claiming:
+                await self._rounds.go()
+
+    def _pace_of(self, upstream: str) -> Pace | None:
+        return slots.pace if (slots := self._slots.get(upstream)) is not None else None
 
     def _collect(self) -> None:
         """Move lanes that have become due into their upstream's turn."""
@@ -308,7 +299,7 @@ class Scheduler:
 
     def _pause(self) -> float:
         """Seconds until something is due by itself."""
-        moments = [self._refresh_at - self._clock.monotonic()]
+        moments = [(self._refresh_at if self._stopping else min(self._refresh_at, self._rounds.at)) - self._clock.monotonic()]
         if (due := self._timeline.next()) is not None:
             moments.append(due - self._clock.now())
         if self._resting:
@@ -357,8 +348,13 @@ class Scheduler:
             self._changed.set()
         await self._settle(claim, result)
 
-    async def _end(self, claim: Claim, reason: str, waited_for: str) -> None:
-        self._wake_all(await self._settler.give_up(claim, reason, waited_for=waited_for))
+    def _end(self, claim: Claim, work: Work) -> asyncio.Task[None]:
+        """Have done what ends a claim that was not made for an attempt."""
+        self._octets += len(claim.content.octets or b"")
+        return self._own(claim, self._do(work))
+
+    async def _do(self, work: Work) -> None:
+        self._wake_all(await work())
 
     def _revive(self, upstream: str) -> None:
         self._revived.add(upstream)

@@ -9,7 +9,7 @@ import random
 from collections.abc import Collection, Sequence
 
 from relay.clock import Clock
-from relay.config.model import Config
+from relay.config.model import Config, Retry
 from relay.delivery.attempt import Result
 from relay.delivery.breaker import Breakers
 from relay.delivery.report import Report, Reporter
@@ -66,18 +66,23 @@ class Settler:
             return await self._finish(claim, result)
         return await self._conclude(claim, result, self._plan(claim, result))
 
-    def expiry_of(self, lane: Lane) -> float:
-        """How old mail of this lane may become, in seconds."""
-        return self._router.retry_of(lane.route).expire
+    def retry_of(self, lane: Lane) -> Retry:
+        """How old mail of this lane may become, and when its sender is to hear that it waits."""
+        return self._router.retry_of(lane.route)
+
+    @property
+    def recovered(self) -> Collection[str]:
+        """The routes whose mail may have a home to go to."""
+        return self._recovered
 
     def home_of(self, lane: Lane) -> Lane | None:
         """Where mail that waits for this fallback could go instead: to its route's own upstream, which has just come back."""
         route = self._router.route(lane.route) if lane.route in self._recovered else None
         return Lane(route.upstream, route.name) if route is not None and route.upstream not in (None, lane.upstream) else None
 
-    def returned(self, still: Collection[str]) -> None:
-        """What had a home is on its way there, except for mail of the routes that are `still` at it."""
-        self._recovered.intersection_update(still)
+    def returned(self, routes: Collection[str]) -> None:
+        """What had a home is on its way there, of these routes."""
+        self._recovered.difference_update(routes)
 
     async def give_up(self, claim: Claim, reason: str, *, waited_for: str = "") -> list[Next]:
         """End a message that nobody tries any more, as failed for `reason`; `""`: its time was up while it was held, or `waited_for`
@@ -85,6 +90,16 @@ class Settler:
         status, text = (Status.FAILED, reason) if reason else (Status.DEFERRED, waited_for or f"held: {claim.held}")
         decided = give_up(claim, Outcome(status, Scope.MESSAGE, Phase.RESOLVE, Reply(0, "", text)))
         return await self._conclude(claim, Result(decided.outcomes), decided, given_up=reason)
+
+    async def keep(self, claim: Claim, waited_for: str) -> list[Next]:
+        """Leave a message that was not tried where it waits, and tell its sender of the delay, once that is due. As `settle`."""
+        outcome = Outcome(Status.DEFERRED, Scope.MESSAGE, Phase.RESOLVE, Reply(0, "", waited_for))
+        then = Next(claim.created, claim.lane, counted=False)  # nothing that came later is tried before it
+        kept = Plan(dict.fromkeys((r.address for r in claim.envelope.recipients), outcome), then, ())
+        report = await self._report(claim, kept)
+        if not await self._store(Settlement(report.claim, kept.outcomes, then, report.draft, tried=False)):
+            return []
+        return [then, *self._tell_report(report)]
 
     def _plan(self, claim: Claim, result: Result) -> Plan:
         route, now, lane = self._router.route(claim.lane.route), self._clock.now(), claim.lane
@@ -108,7 +123,7 @@ class Settler:
             self._tell(claim, decided)
             self._tell_upstream(claim, result)
             return []
-        report = await self._reporter.report(claim, decided, header_block=result.header_block, given_up=given_up)
+        report = await self._report(claim, decided, header_block=result.header_block, given_up=given_up)
         # Mail that waits for an open breaker is put off again and again: that is told once, not every time.
         news = result.tried or decided.fallback != "" or decided.next is None or self._clock.now() < claim.created + _NEW_SECONDS
         settlement = Settlement(report.claim, decided.outcomes, decided.next, report.draft, tried=news, used=result.used)
@@ -131,7 +146,7 @@ class Settler:
         self._verdicts.sent(claim, first.reply)
         report = None
         if any(recipient.notify for recipient in claim.envelope.recipients):  # some may have asked to hear of success
-            report = await self._reporter.report(claim, Plan(outcomes, None, ()), header_block=result.header_block)
+            report = await self._report(claim, Plan(outcomes, None, ()), header_block=result.header_block)
         draft = report.draft if report is not None else None
         if not await self._store(Settlement(claim, outcomes, None, draft, used=result.used)):
             return []
@@ -153,6 +168,18 @@ class Settler:
             recipients=_names(claim.envelope.recipients), reason=result.moved.held,
         )  # fmt: skip
         return []
+
+    async def _report(self, claim: Claim, decided: Plan, *, header_block: bytes = b"", given_up: str = "") -> Report:
+        """What the sender is told of it; made again and again where that fails, as `_store` does, and for the same reason."""
+        failures = 0
+        while True:
+            try:
+                return await self._reporter.report(claim, decided, header_block=header_block, given_up=given_up)
+            except Exception as error:  # law 9
+                failures += 1
+                if failures.bit_count() == 1:
+                    self._journal.fault("a report to a sender, trying again", error, id=claim.id)
+                await asyncio.sleep(_AGAIN_SECONDS)
 
     async def _store(self, settlement: Settlement) -> bool:
         """Settle, again and again while the spool cannot write: forgetting the outcome would send the message twice. Told each time half

@@ -12,6 +12,7 @@ import logging
 import os
 import queue
 import re
+import select
 import threading
 import traceback
 from asyncio import AbstractEventLoop, TimerHandle
@@ -226,7 +227,10 @@ class Journal:
             octets = chunk.encode("utf-8", "backslashreplace")
             with contextlib.suppress(OSError):  # nobody reads the log any more; mail goes on
                 while octets:
-                    octets = octets[os.write(self._descriptor, octets) :]
+                    try:
+                        octets = octets[os.write(self._descriptor, octets) :]
+                    except BlockingIOError:  # somebody else who has this pipe or terminal does not want to wait for it
+                        select.select((), (self._descriptor,), ())
             self._taken += len(chunk)
 
 

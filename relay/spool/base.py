@@ -85,7 +85,7 @@ class Draft(NamedTuple):
 class Claim(NamedTuple):
     """An exclusive right to attempt one message until `lease_until` (seconds since the epoch).
 
-    `attempt` counts from 1. A claim by `overdue` or `take` is for ending the message, not for trying it: its token is negative, its
+    `attempt` counts from 1. A claim by `overdue`, `late` or `take` is not for trying the message: its token is negative, its
     `attempt` is the last one begun (0: none), and `held` says why the message was held, if it was.
     """
 
@@ -101,6 +101,15 @@ class Claim(NamedTuple):
     origin: Origin = NO_ORIGIN
     summary: Summary = NO_SUMMARY
     held: str = ""
+
+
+class Waiting(NamedTuple):
+    """A message that waits for an attempt and is due. `unwarned`: its sender may have to hear of a delay, and has not."""
+
+    id: MessageId
+    lane: Lane
+    created: float
+    unwarned: bool
 
 
 class Next(NamedTuple):
@@ -277,9 +286,13 @@ class Spool(Protocol):
         """Claim up to `limit` held messages whose time is up, to be given up. What is held without end is never among them."""
         ...
 
-    async def late(self, lane: Lane, accepted_before: float, limit: int) -> Sequence[Claim]:
-        """Claim up to `limit` messages of `lane` that are due and were accepted before then, to be given up, or to be moved to
-        another lane: they wait, and not for an attempt."""
+    async def oldest(self, after: str, accepted_before: float) -> tuple[Sequence[Waiting], str | None]:
+        """One page of what waits, is due and was accepted before then, whatever its lane: the oldest first, behind the id `after` (`""`:
+        from the beginning). And behind which id the next page begins; None: there is none."""
+        ...
+
+    async def late(self, ids: Sequence[MessageId]) -> Sequence[Claim]:
+        """Claim those of these messages that still wait, to be given up, moved to another lane, or put back: not for an attempt."""
         ...
 
     async def hasten(self, lane: Lane) -> bool:

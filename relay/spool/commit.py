@@ -50,7 +50,7 @@ class GroupCommit:
     """Has `prepare(batch)` called on the loop and then `commit(batch)` in the thread for every batch; `housekeep()` in the thread when
     there is nothing to do. Never two of them at once.
 
-    `commit` must give every operation a result or an error. None of the three may raise.
+    `commit` must give every operation a result or an error. None of the three may raise; where `commit` does, its batch has failed.
     """
 
     def __init__(
@@ -150,5 +150,10 @@ class GroupCommit:
     def _serve(self) -> None:
         while (order := self._work.get()) is not None:
             work, batch = order
-            work()
+            try:
+                work()
+            except Exception as error:  # without this thread every client would wait for ever; what is not known to be stored is not
+                self._loop.call_soon_threadsafe(self._loop.call_exception_handler, {"message": "the spool's writer", "exception": error})
+                for operation in batch:
+                    operation.error = operation.error or SpoolError(f"local error in the spool: {error}")
             self._loop.call_soon_threadsafe(self._arrive, batch)

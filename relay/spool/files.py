@@ -33,6 +33,9 @@ _FLUSH_EVERY_BYTES = 8 * 1024 * 1024
 _REMOVE_BYTES = 4 * 1024 * 1024
 _REMOVE_PAUSE_SECONDS = 0.01
 
+#: The directory of content, in the spool's.
+CONTENT_DIRECTORY = "content"
+
 #: The part of the spool that this is, to `Room`; and how much is written to see whether files can be: more than a row would hold.
 FILES = "files"
 _PROBE_BYTES = 1024 * 1024
@@ -67,7 +70,7 @@ class ContentFiles:
         if room is not None:
             room.watch(FILES, self.probe)
         self._incoming = directory / "incoming"
-        self._content = directory / "content"
+        self._content = directory / CONTENT_DIRECTORY
         for path in (directory, self._incoming, self._content):
             _make_directory(path, mode=0o700)
         sync_directory(directory)

@@ -30,11 +30,13 @@ from relay.spool.base import (
     Settlement,
     SpoolError,
     Used,
+    Waiting,
 )
 from relay.spool.files import ContentFiles
-from relay.spool.records import id_of, matters, number_of
+from relay.spool.records import id_of, is_unwarned, matters, number_of
 
 _LEASE_SECONDS = 15 * 60
+_PAGE = 200
 
 
 @dataclass(slots=True)
@@ -148,10 +150,18 @@ class MemorySpool:
         late = [m for m in self._messages.values() if m.held and m.token is None and m.due <= now]
         return [self._begin(message, ending=True) for message in sorted(late, key=lambda m: m.due)[:limit]]
 
-    async def late(self, lane: Lane, accepted_before: float, limit: int) -> Sequence[Claim]:
+    async def oldest(self, after: str, accepted_before: float) -> tuple[Sequence[Waiting], str | None]:
         now = self._clock.now()
-        waiting = [m for m in self._waiting() if m.draft.lane == lane and m.due <= now and m.draft.created <= accepted_before]
-        return [self._begin(message, ending=True) for message in sorted(waiting, key=lambda m: m.draft.id)[:limit]]
+        waiting = [m.draft for m in self._waiting() if m.due <= now and m.draft.created <= accepted_before and m.draft.id > after]
+        page = [
+            Waiting(d.id, d.lane, d.created, is_unwarned(d.envelope.sender, d.envelope.recipients))
+            for d in sorted(waiting, key=lambda d: d.id)[:_PAGE]
+        ]
+        return page, page[-1].id if len(waiting) > _PAGE else None
+
+    async def late(self, ids: Sequence[MessageId]) -> Sequence[Claim]:
+        waiting = {m.draft.id: m for m in self._waiting()}
+        return [self._begin(waiting[id], ending=True) for id in ids if id in waiting]
 
     async def hasten(self, lane: Lane) -> bool:
         now = self._clock.now()

@@ -8,6 +8,7 @@ of which the first schema's writer left out the last.
 import json
 from collections.abc import Iterable
 
+from relay.mail.dsn import wants
 from relay.mail.envelope import NO_SUMMARY, Envelope, Origin, Recipient, Summary
 from relay.spool.base import Content, MessageId, Settlement, Used
 
@@ -54,12 +55,22 @@ def unpack_recipients(text: str, *, in_doubt: bool = False) -> tuple[Recipient, 
         raise ValueError(f"recipients that are none: {error}") from error
 
 
-def addresses_of(text: str) -> tuple[str, ...]:
-    """The recipients' addresses for an operator's eye; none where damage has made the text something else."""
+def recipients_of(text: str) -> tuple[Recipient, ...]:
+    """The recipients of what is only looked at; none where damage has made the text something else."""
     try:
-        return tuple(recipient.address for recipient in unpack_recipients(text))
+        return unpack_recipients(text)
     except ValueError:
         return ()
+
+
+def addresses_of(text: str) -> tuple[str, ...]:
+    """The recipients' addresses for an operator's eye, likewise."""
+    return tuple(recipient.address for recipient in recipients_of(text))
+
+
+def is_unwarned(sender: str, recipients: Iterable[Recipient]) -> bool:
+    """Whether the sender may have to hear that one of the recipients still waits, and has not."""
+    return sender != "" and any(not r.warned and wants(r.notify, "DELAY") for r in recipients)
 
 
 def pack_facts(envelope: Envelope, origin: Origin, summary: Summary, content: Content) -> str:

@@ -33,6 +33,7 @@ from relay.spool.base import (
     SpoolDamaged,
     SpoolError,
     Used,
+    Waiting,
 )
 from relay.spool.commit import GroupCommit, Operation
 from relay.spool.files import ContentFiles, DirectoryLock
@@ -83,7 +84,7 @@ class SqliteSpool:
             self._files = ContentFiles(directory, self._room)
             self._lock = DirectoryLock(directory)
         except OSError as error:
-            raise SpoolError(f"the spool directory {directory} cannot be used: {error.strerror}") from error
+            raise SpoolError(f"the spool directory {directory} cannot be used: {sql.in_words(error)}") from error
         try:
             self._database = sql.open_database(directory / sql.DATABASE, now=clock.now())
             self._claims = Claims(self._database, clock, backoff=backoff, path=self._files.path)
@@ -92,10 +93,8 @@ class SqliteSpool:
             self._lock.release()
             if isinstance(error, SpoolError):
                 raise
-            if isinstance(error, apsw.NotADBError):
-                hint = f"{sql.DATABASE} is no database; restore it, or move it away to begin with none"
-                raise SpoolDamaged(f"the spool in {directory} cannot be opened: {hint}") from error
-            raise SpoolError(f"the spool in {directory} cannot be opened: {error}") from error
+            kind = SpoolDamaged if isinstance(error, apsw.NotADBError | apsw.CorruptError) else SpoolError
+            raise kind(f"the spool in {directory} cannot be opened: {sql.in_words(error)}") from error
         self._rows = Rows(self._database, self._claims)
         self._verbs = Verbs(self._database, self._claims, self._rows)
         self._leases: dict[int, Lease] = {}  # of the claims that this process has given out, by message
@@ -184,8 +183,15 @@ class SqliteSpool:
         await self._keep_step()
         return self._note(await self._ask(self._claims.overdue, (limit, self._clock.now())))
 
-    async def late(self, lane: Lane, accepted_before: float, limit: int) -> Sequence[Claim]:
-        return self._note(await self._ask(self._claims.late, (lane, accepted_before, limit, self._clock.now())))
+    async def oldest(self, after: str, accepted_before: float) -> tuple[Sequence[Waiting], str | None]:
+        await self._keep_step()
+        now = self._clock.now()
+        page = Page(Selection(older_than=now - accepted_before), self._last_id, now, after=number_of(after) if after else 0)
+        step: Step = await self._ask(self._verbs.look, page)
+        return step.answers, id_of(step.following.after) if step.following is not None else None
+
+    async def late(self, ids: Sequence[MessageId]) -> Sequence[Claim]:
+        return self._note(await self._ask(self._claims.late, ([number_of(id) for id in ids], self._clock.now())))
 
     async def hasten(self, lane: Lane) -> bool:
         found: int = await self._ask(self._claims.hasten, (lane, self._clock.now()))

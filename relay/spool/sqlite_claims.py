@@ -102,12 +102,9 @@ class Claims:
         """Held messages whose time was up at this time, so many, for ending them."""
         return [self._take_some(self._find(sql.OVERDUE, (now, limit + len(self._unreadable)))[:limit], now) for limit, now in arguments]
 
-    def late(self, arguments: list[tuple[Lane, float, int, float]]) -> list[list[tuple[Claim, Lease]]]:
-        """Due messages of a lane that were accepted before this time, so many, now, for ending them."""
-        return [
-            self._take_some(self._find(sql.LATE, (*lane, now, before, limit + len(self._unreadable)))[:limit], now)
-            for lane, before, limit, now in arguments
-        ]
+    def late(self, arguments: list[tuple[Sequence[int], float]]) -> list[list[tuple[Claim, Lease]]]:
+        """Those of these messages that still wait, now, for something else than an attempt."""
+        return [self._take_some(self._find(sql.LATE, (json.dumps(numbers),)), now) for numbers, now in arguments]
 
     def hasten(self, arguments: list[tuple[Lane, float]]) -> list[int]:
         """Make one page of what waits in a lane due at this time; answers how much that was."""

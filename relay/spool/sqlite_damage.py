@@ -4,7 +4,7 @@ SQLite fails the statement that comes upon such a page, and cannot say which row
 damage, and behind it the first id is searched for from which reading succeeds again. No state.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import apsw
@@ -14,6 +14,22 @@ DAMAGE = (apsw.CorruptError, UnicodeDecodeError)
 
 #: `(after, limit)` -> rows in the order of their ids, which come first in each.
 Fetch = Callable[[int, int], list[Any]]
+
+
+def fetch_texts(fetch: Callable[[Mapping[str, str]], list[Any]], columns: Iterable[str]) -> list[Any]:
+    """Rows with these columns of text, as well as they can be read where damage has made one something else than UTF-8.
+
+    `fetch` is given what to select for each column.
+    """
+    try:
+        return fetch({column: column for column in columns})
+    except UnicodeDecodeError:
+        rows = fetch({column: f"CAST({column} AS BLOB)" for column in columns})
+        return [tuple(_text(value) for value in row) for row in rows]
+
+
+def _text(value: Any) -> Any:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 def read_page(fetch: Fetch, *, after: int, until: int, limit: int) -> tuple[list[Any], int, bool]:

@@ -16,6 +16,7 @@ from relay.spool import sqlite_schema as sql
 from relay.spool.base import LeaseLost, Used
 from relay.spool.records import id_of
 from relay.spool.sqlite_claims import Again, Claims, Lease, Place
+from relay.spool.sqlite_damage import DAMAGE
 
 _ROW_BYTES = 2048  # what a message's rows and pages come to in the log, beside its content; an estimate
 
@@ -92,7 +93,7 @@ class Rows:
         """What quotas still count, at this time; nothing where damage keeps it from being read."""
         try:
             return [[] if self._used_damaged else self._used(now) for now in nows]
-        except apsw.CorruptError as error:
+        except DAMAGE as error:
             self._used_damaged = True
             raise Again from error
 

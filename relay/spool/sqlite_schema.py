@@ -10,13 +10,14 @@ from typing import Any
 
 import apsw
 
-from relay.spool.base import Selection, SpoolError
-from relay.spool.files import sync_directory
+from relay.spool.base import Selection, SpoolDamaged, SpoolError
+from relay.spool.files import CONTENT_DIRECTORY, sync_directory
 from relay.spool.records import number_of
 
 DATABASE = "spool.db"
 SCHEMA_VERSION = 3
 _PAGE_BYTES = 4096
+_HEADER_BYTES = 100  # SQLite takes what is shorter for a database that is still empty
 _CACHE_KIB = 8192
 
 # `due` of a claimed message is when it is tried again should this process die; of a held one, when it is given up, or infinity. The
@@ -82,6 +83,8 @@ MISSING = "the content is missing from the spool"
 STUCK = "it has ended; the spool is damaged and its record could not be removed"
 LOST = "its record in the spool is damaged"
 
+_BEGIN_ANEW = "restore it, or move it, its -wal and content/ away to begin with none"
+
 # Version 1 stored the moment of the hold as `due` of held mail, and nobody could do anything about such mail but wait. What is held
 # ends after `expire`, by default four days; but nothing shall bounce at an upgrade, so there is a day to use the new verbs. Mail
 # without content stays until an operator has seen it.
@@ -140,8 +143,7 @@ CONTINUE = """UPDATE message SET token = NULL, upstream = ?, route = ?, due = ?,
     doubt = 0, reply = ifnull(?, reply) WHERE id = ? AND token = ?"""
 CLAIMABLE = """SELECT id FROM message
     WHERE upstream = ? AND route = ? AND (attempts > 0) = ? AND due <= ? AND token IS NULL AND held = '' ORDER BY due LIMIT ?"""
-LATE = """SELECT id FROM message
-    WHERE upstream = ? AND route = ? AND due <= ? AND token IS NULL AND held = '' AND created <= ? ORDER BY id LIMIT ?"""
+LATE = "SELECT id FROM message WHERE id IN (SELECT value FROM json_each(?)) AND token IS NULL AND held = '' ORDER BY id"
 LATER = """SELECT id FROM message
     WHERE upstream = ? AND route = ? AND (attempts > 0) = ? AND due > ? AND token IS NULL AND held = '' LIMIT ?"""
 OVERDUE = "SELECT id FROM message WHERE held != '' AND token IS NULL AND due <= ? ORDER BY due LIMIT ?"
@@ -214,9 +216,14 @@ def conditions(selection: Selection, *, moment: str, state: str, now: float) -> 
 
 
 def open_database(path: Path, *, now: float) -> apsw.Connection:
-    """Open, create or bring up to date the database. Raises SpoolError for a schema newer than this relay."""
+    """Open, create or bring up to date the database. Raises SpoolError for a schema newer than this relay, SpoolDamaged where only the
+    database has gone."""
+    new = not path.exists() or path.stat().st_size < _HEADER_BYTES
+    if new:
+        _miss(path)
     path.touch(mode=0o600)  # SQLite gives its other files the same mode
-    new = path.stat().st_size == 0
+    if new:
+        sync_directory(path.parent)  # before there is a log: power loss must not leave one without its database
     database = apsw.Connection(str(path), statementcachesize=8 * ROWS_A_STATEMENT)
     database.set_busy_timeout(10_000)  # a reader that recovers the log after a crash holds it for a moment
     if new:
@@ -241,6 +248,31 @@ def open_database(path: Path, *, now: float) -> apsw.Connection:
     elif version > SCHEMA_VERSION:
         raise SpoolError(f"{path} was written by a newer relay (schema {version}, this one knows {SCHEMA_VERSION})")
     return database
+
+
+def _miss(path: Path) -> None:
+    """Raise SpoolDamaged where mail is left of a database that has gone: SQLite would remove its log, and a sweep the content."""
+    log, content = path.with_name(f"{path.name}-wal"), path.parent / CONTENT_DIRECTORY
+    remains = [log] if log.exists() and log.stat().st_size else []
+    remains += [content] if content.is_dir() and any(content.iterdir()) else []
+    if remains:
+        names = " and ".join(each.name for each in remains)
+        hint = f"restore it, or move {names} away, too, to begin with none"
+        raise SpoolDamaged(f"{path} is missing or empty, but there is mail of its spool in {names}; {hint}")
+
+
+def in_words(error: apsw.Error | OSError) -> str:
+    """Why the database, or what lies beside it, cannot be opened."""
+    match error:
+        case apsw.NotADBError():
+            return f"{DATABASE} is no database; {_BEGIN_ANEW}"
+        case apsw.CorruptError():
+            return f"{DATABASE} is damaged at its root; {_BEGIN_ANEW}"
+        case apsw.CantOpenError():
+            return f"{error}; {DATABASE}, its -wal and its -shm must belong to the user as whom relay runs"
+        case OSError():
+            return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return str(error)
 
 
 def rebuild_indexes(database: apsw.Connection) -> None:

@@ -7,15 +7,16 @@ Runs in the writer thread, inside a batch's transaction. State: what damage keep
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import apsw
 
 from relay.spool import sqlite_schema as sql
-from relay.spool.base import Claim, Lane, Next, Selection
-from relay.spool.records import addresses_of, id_of, summary_of
+from relay.spool.base import Claim, Lane, Next, Selection, Waiting
+from relay.spool.records import addresses_of, id_of, is_unwarned, recipients_of, summary_of
 from relay.spool.sqlite_claims import Again, Claims, Lease, Place
-from relay.spool.sqlite_damage import read_page
+from relay.spool.sqlite_damage import fetch_texts, read_page
 from relay.spool.sqlite_rows import Rows
 
 _PAGE_ROWS = 200  # about 20 ms of work, for which mail that comes in has to wait
@@ -23,11 +24,15 @@ _PAGE_LOG_ROWS = 5000  # messages may have a thousand recipients each
 
 _ANY = "token IS NULL"
 _WAITING = "token IS NULL AND held = ''"
+_DUE = f"{_WAITING} AND due <= :now"
 _HELD = "token IS NULL AND held != ''"
 _ENDING = "token IS NULL AND (held = '' OR due < 9e999)"  # all but what is held without end
 
-_PAGE = """SELECT id, ({wanted}{conditions}), upstream, route, content, filed, shared, attempts, created, sender, recipients, facts,
-    size, held FROM message WHERE id > :after AND id <= :until {ids} ORDER BY id LIMIT :limit"""
+_PAGE = """SELECT id, ({wanted}{conditions}), {upstream}, {route}, content, filed, shared, attempts, created, {sender}, {recipients},
+    {facts}, size, {held} FROM message WHERE id > :after AND id <= :until {ids} ORDER BY id LIMIT :limit"""
+
+
+_TEXTS = ("upstream", "route", "sender", "recipients", "facts", "held")
 
 
 class Page(NamedTuple):
@@ -139,6 +144,21 @@ class Verbs:
             self._stuck_contents.add(row.content)
             raise Again from error
 
+    def look(self, pages: list[Page]) -> list[Step]:
+        """What waits and is due; nothing is changed. Ends where what was accepted after the time that is asked for begins."""
+        return [self._look(page) for page in pages]
+
+    def _look(self, page: Page) -> Step:
+        assert page.selection.older_than is not None, "a page of what is old"
+        rows, after = self._read_rows(page, _DUE)
+        waiting = [
+            Waiting(id_of(row.number), Lane(row.upstream, row.route), row.created, is_unwarned(row.sender, recipients_of(row.recipients)))
+            for row in rows
+            if row.wanted
+        ]
+        ends = after >= page.until or (rows and rows[-1].created > page.now - page.selection.older_than)
+        return Step(waiting, None if ends else page._replace(after=after, hole=None))
+
     def take(self, pages: list[Page]) -> list[Step]:
         return [self._take(page) for page in pages]
 
@@ -171,10 +191,11 @@ class Verbs:
         right to write: so where it is must be known before."""
         selection = page.selection
         conditions, values = sql.conditions(selection, moment="created", state=sql.STATE, now=page.now)
-        text = _PAGE.format(wanted=wanted, conditions=conditions, ids=conditions if selection.ids else "")
+        text = partial(_PAGE.format, wanted=wanted, conditions=conditions, ids=conditions if selection.ids else "")
 
         def fetch(after: int, limit: int) -> list[Any]:
-            return self._database.execute(text, {**values, "after": after, "until": page.until, "limit": limit}).fetchall()
+            more = {**values, "now": page.now, "after": after, "until": page.until, "limit": limit}
+            return fetch_texts(lambda texts: self._database.execute(text(**texts), more).fetchall(), _TEXTS)
 
         if page.hole is not None:
             count, after = page.hole

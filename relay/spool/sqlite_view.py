@@ -7,17 +7,17 @@ snapshot: a message that leaves meanwhile may be in it or not, none is in it twi
 State: one read-only connection.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import apsw
 
 from relay.clock import Clock
-from relay.mail.envelope import Envelope, Origin, Summary
+from relay.mail.envelope import NO_SUMMARY, Envelope, Origin, Summary
 from relay.spool.base import EVERYTHING, Content, Lane, LogEntry, Queued, Selection, SpoolError
 from relay.spool.records import id_of, number_of, unpack_envelope, unpack_facts, unpack_recipients, unpack_summary
-from relay.spool.sqlite_damage import read_page
+from relay.spool.sqlite_damage import fetch_texts, read_page
 from relay.spool.sqlite_schema import DATABASE, SCHEMA_VERSION, STATE, conditions
 
 _PAGE_ROWS = 500
@@ -31,14 +31,17 @@ _READABLE = (1, 2, SCHEMA_VERSION)
 STATES = ("due", "active", "deferred", "held")
 RESULTS = ("sent", "deferred", "failed", "held", "released", "dropped")
 
-_QUEUE = f"""SELECT id, {STATE} AS state, upstream, route, sender, recipients, size, created, due, attempts, held, reply, doubt
-    FROM message WHERE id > :after {{conditions}} ORDER BY id LIMIT :page"""
-_LOG = """SELECT number, time, id, upstream, route, sender, recipient, status, attempt, size, reply, created, summary, {report}
-    FROM log WHERE number > :after AND number <= :until {conditions} ORDER BY number {order} LIMIT :page"""
+_QUEUE = f"""SELECT id, {STATE} AS state, {{upstream}}, {{route}}, {{sender}}, {{recipients}}, size, created, due, attempts, {{held}},
+    {{reply}}, doubt FROM message WHERE id > :after {{conditions}} ORDER BY id LIMIT :page"""
+_QUEUE_TEXTS = ("upstream", "route", "sender", "recipients", "held", "reply")
+_LOG = """SELECT number, time, id, {upstream}, {route}, {sender}, {recipient}, {status}, attempt, size, {reply}, created, {summary},
+    {report} FROM log WHERE number > :after AND number <= :until {conditions} ORDER BY number {order} LIMIT :page"""
+_LOG_TEXTS = ("upstream", "route", "sender", "recipient", "status", "reply", "summary")
 _END = "SELECT ifnull(max(number), 0) FROM log"
 _DETAILS = "SELECT sender, recipients, facts, prefix, doubt FROM message WHERE id = :id"
 _PLACE = "SELECT content, filed, size FROM message WHERE id = :id"
 _OCTETS = "SELECT octets FROM content WHERE id = :id"
+_KNOWN = "SELECT 1 FROM message WHERE id = :id UNION ALL SELECT 1 FROM log WHERE id = :id LIMIT 1"
 
 
 class Details(NamedTuple):
@@ -55,13 +58,16 @@ class SqliteView:
 
     def __init__(self, directory: Path, clock: Clock) -> None:
         """Raises SpoolError where there is no spool, or none that can be read."""
+        self.gaps = False  # whether a listing has passed damaged records over
         self._clock = clock
         self._directory = directory
         path = directory / DATABASE
         try:
             path.stat()
         except FileNotFoundError:
-            raise SpoolError(f"there is no spool in {directory} (no {DATABASE}): no relay has run with this directory") from None
+            raise SpoolError(
+                f"there is no spool in {directory} (no {DATABASE}): no relay has run with this directory, --spool names another"
+            ) from None
         except OSError as error:
             raise SpoolError(f"the spool in {directory} cannot be read: {error.strerror}{_ADVICE}") from error
         uri = f"{path.absolute().as_uri()}?mode=ro"
@@ -82,19 +88,22 @@ class SqliteView:
         self._database.close()
 
     def queued(self, selection: Selection = EVERYTHING) -> Iterator[Queued]:
-        """The queued messages, oldest first. Those whose records are damaged are passed over. Raises SpoolError."""
+        """The queued messages, oldest first. Those whose records are damaged are passed over, see `gaps`. Raises SpoolError."""
         chosen, values = conditions(selection, moment="created", state=STATE, now=self._clock.now())
-        text = _QUEUE.format(conditions=chosen)
 
         def fetch(after: int, limit: int) -> list[Any]:
-            return self._database.execute(text, {**values, "after": after, "page": limit}).fetchall()
+            more = {**values, "after": after, "page": limit}
+            return fetch_texts(
+                lambda texts: self._database.execute(_QUEUE.format(conditions=chosen, **texts), more).fetchall(), _QUEUE_TEXTS
+            )
 
         after, last = 0, 2**62
         while after < last:
             try:
-                rows, after, _ = read_page(fetch, after=after, until=last, limit=_PAGE_ROWS)
+                rows, after, damaged = read_page(fetch, after=after, until=last, limit=_PAGE_ROWS)
             except apsw.Error as error:
                 raise _unreadable(self._directory, error) from error
+            self.gaps |= damaged
             for queued in map(_queued, rows):
                 if selection.admits(queued.sender, queued.recipients):
                     yield queued
@@ -103,15 +112,19 @@ class SqliteView:
         """One queued message. Raises SpoolError."""
         return next(self.queued(Selection(ids=frozenset({id}))), None)
 
+    def knows(self, id: str) -> bool:
+        """Whether a message is queued, or was and the delivery log still knows. Raises SpoolError."""
+        return bool(self._page(_KNOWN, {"id": number_of(id)}))
+
     def details(self, id: str) -> Details | None:
         """What is stored of a queued message beside its content. Raises SpoolError, also where damage has made it unreadable."""
-        for sender, recipients, facts_text, prefix, doubt in self._page(_DETAILS, {"id": number_of(id)}):
-            try:
+        try:
+            for sender, recipients, facts_text, prefix, doubt in self._page(_DETAILS, {"id": number_of(id)}):
                 origin, summary, facts = unpack_facts(facts_text)
                 envelope = unpack_envelope(sender, unpack_recipients(recipients, in_doubt=bool(doubt)), facts)
-            except ValueError as error:
-                raise SpoolError(f"the record of {id} is damaged: {error}") from error
-            return Details(envelope, origin, summary, prefix)
+                return Details(envelope, origin, summary, prefix)
+        except ValueError as error:
+            raise SpoolError(f"the record of {id} is damaged: {error}") from error
         return None
 
     def content(self, id: str) -> Content | None:
@@ -138,16 +151,21 @@ class SqliteView:
 
     def _results(self, selection: Selection, after: int, until: int, *, newest_first: bool = False) -> Iterator[LogEntry]:
         chosen, values = conditions(selection, moment="time", state="status", now=self._clock.now())
-        text = _LOG.format(report=self._report, conditions=chosen, order="DESC" if newest_first else "ASC")
+        order = "DESC" if newest_first else "ASC"
+
+        def fetch(texts: Mapping[str, str]) -> list[Any]:
+            text = _LOG.format(report=self._report, conditions=chosen, order=order, **texts)
+            return self._page(text, {**values, "after": after, "until": until, "page": _PAGE_ROWS})
+
         while True:
-            rows = self._page(text, {**values, "after": after, "until": until, "page": _PAGE_ROWS})
+            rows = fetch_texts(fetch, _LOG_TEXTS)
             for row in rows:
                 number, time, id, upstream, route, sender, recipient, status, attempt, size, reply, created, summary, report = row
                 after, until = (after, number - 1) if newest_first else (number, until)
                 if selection.admits(sender, (recipient,)):
                     yield LogEntry(
                         time, id_of(id), Lane(upstream, route), sender, recipient, status, attempt, time - created, size, reply, created,
-                        unpack_summary(summary), id_of(report) if report is not None else "",
+                        _summary(summary), id_of(report) if report is not None else "",
                     )  # fmt: skip
             if len(rows) < _PAGE_ROWS:
                 return
@@ -157,6 +175,13 @@ class SqliteView:
             return self._database.execute(statement, values).fetchall()
         except apsw.Error as error:
             raise _unreadable(self._directory, error) from error
+
+
+def _summary(text: str) -> Summary:
+    try:
+        return unpack_summary(text)
+    except (ValueError, TypeError):  # of damage
+        return NO_SUMMARY
 
 
 def _queued(row: Any) -> Queued:

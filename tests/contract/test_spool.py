@@ -9,7 +9,20 @@ import pytest
 
 from relay.clock import ManualClock
 from relay.mail.envelope import Envelope, Origin, Recipient, Summary
-from relay.spool.base import EVERYTHING, FILE_ABOVE_BYTES, Claim, Content, Draft, Lane, LeaseLost, Next, Spool, SpoolError, Used
+from relay.spool.base import (
+    EVERYTHING,
+    FILE_ABOVE_BYTES,
+    Claim,
+    Content,
+    Draft,
+    Lane,
+    LeaseLost,
+    Next,
+    Selection,
+    Spool,
+    SpoolError,
+    Used,
+)
 from relay.spool.memory import MemorySpool
 from relay.spool.sqlite import SqliteSpool
 from tests.contract.drafts import DEFERRED, FAILED, IN_DOUBT, LANE, OTHER_LANE, SENT, content_of, draft, octets_of, settlement, stored_files
@@ -637,29 +650,72 @@ async def test_what_a_claim_that_was_lost_has_used_is_not_added(house: House) ->
     assert await house.spool.used() == []
 
 
-async def test_late_mail_of_a_lane_is_claimed_to_be_given_up(house: House) -> None:
+async def test_what_waits_is_shown_oldest_first_and_page_by_page(house: House) -> None:
     now = house.clock.now()
-    old = [draft(house.spool, created=now, due=now) for _ in range(3)]
-    later = draft(house.spool, created=now, due=now + 9000)
-    elsewhere = draft(house.spool, lane=OTHER_LANE, created=now, due=now)
-    held = draft(house.spool, created=now, due=now)
-    await house.put(held)
+    await house.put(held := draft(house.spool, created=now, due=now))
     await house.spool.hold(EVERYTHING, "why")
-    await house.put(*old, later, elsewhere)
+    old = [draft(house.spool, lane=lane, created=now, due=now) for lane in (LANE, OTHER_LANE) * 300]
+    await house.put(*old)
+    await house.put(later := draft(house.spool, created=now, due=now + 9000))
+    under_way = await house.put_claimed(draft(house.spool, created=now, due=now))
     house.clock.advance(1000)
-    young = draft(house.spool, created=house.clock.now(), due=house.clock.now())
-    await house.put(young)
-    before = now + 500
-    assert [claim.id for claim in await house.spool.late(LANE, before, 2)] == [old[0].id, old[1].id]
-    (claim,) = await house.spool.late(LANE, before, 2)
-    assert (claim.id, claim.attempt, claim.token < 0) == (old[2].id, 0, True)
-    assert await house.spool.late(LANE, before, 2) == []
-    await house.spool.settle(settlement(claim, FAILED))
+    await house.put(young := draft(house.spool, created=house.clock.now(), due=house.clock.now()))
+    found, after, pages = [], "", 0
+    while True:
+        page, following = await house.spool.oldest(after, now + 500)
+        found += page
+        pages += 1
+        if following is None:
+            break
+        assert following > after
+        after = following
+    assert [(each.id, each.lane, each.created) for each in found] == [(each.id, each.lane, now) for each in old]
+    assert pages > 1
+    (everything, _) = await house.spool.oldest(old[-1].id, house.clock.now())
+    assert [each.id for each in everything] == [young.id]
+    assert not {held.id, later.id, under_way.id} & {each.id for each in found}
+
+
+@pytest.mark.parametrize(
+    ("sender", "recipients", "unwarned"),
+    [
+        ("app@acme.example", [Recipient("a@x.example")], True),
+        ("app@acme.example", [Recipient("a@x.example", warned=True)], False),
+        ("app@acme.example", [Recipient("a@x.example", warned=True), Recipient("b@x.example")], True),
+        ("app@acme.example", [Recipient("a@x.example", warned=True), Recipient("b@x.example", notify="NEVER")], False),
+        ("app@acme.example", [Recipient("a@x.example", notify="FAILURE")], False),
+        ("app@acme.example", [Recipient("a@x.example", notify="FAILURE,DELAY")], True),
+        ("", [Recipient("a@x.example")], False),
+    ],
+)
+async def test_what_waits_says_whether_its_sender_may_have_to_hear_of_that(
+    house: House, sender: str, recipients: list[Recipient], unwarned: bool
+) -> None:
+    now = house.clock.now()
+    await house.put(draft(house.spool, sender=sender, recipients=recipients, created=now, due=now))
+    (waiting,), following = await house.spool.oldest("", now)
+    assert waiting.unwarned is unwarned
+    assert following is None
+
+
+async def test_what_waits_is_claimed_by_its_id_for_something_else_than_an_attempt(house: House) -> None:
+    now = house.clock.now()
+    drafts = [draft(house.spool, created=now, due=now) for _ in range(5)]
+    await house.put(*drafts)
+    first, second, held, gone, beside = (each.id for each in drafts)
+    await house.spool.hold(Selection(ids=frozenset({held})), "why")
+    await house.spool.drop(Selection(ids=frozenset({gone})))
+    claims = await house.spool.late([first, second, held, gone])
+    assert [(claim.id, claim.attempt, claim.token < 0, claim.held) for claim in claims] == [(first, 0, True, ""), (second, 0, True, "")]
+    assert await house.spool.late([first, second, held, gone]) == []
+    await house.spool.settle(settlement(claims[0], FAILED))
     house.clock.advance(LEASE_SECONDS + 1)
     await house.spool.next_due()
-    again = await house.spool.late(LANE, before, 10)
-    assert [claim.id for claim in again] == [old[0].id, old[1].id]
-    assert not any(r.in_doubt for claim in again for r in claim.envelope.recipients)
+    (again,) = await house.spool.late([first, second])
+    assert (again.id, again.attempt) == (second, 0)
+    assert not any(r.in_doubt for r in again.envelope.recipients)
+    await house.spool.settle(settlement(again, DEFERRED, then=house.later(0, counted=False)))
+    assert {(claim.id, claim.attempt) for claim in await house.claim()} == {(second, 1), (beside, 1)}
 
 
 async def test_all_that_waits_in_a_lane_is_made_due_in_steps(house: House) -> None:

@@ -343,7 +343,7 @@ async def test_a_relay_does_not_start_on_what_is_no_spool_and_says_that_trying_a
     with pytest.raises(RelayDied):
         await relay.start()
     assert await relay.exited() == 78
-    assert "is no database; restore it, or move it away to begin with none" in relay.log()
+    assert "is no database; restore it, or move it, its -wal and content/ away to begin with none" in relay.log()
 
 
 # -- the clock ----------------------------------------------------------------------------------------------------------------

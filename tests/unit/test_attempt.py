@@ -1,9 +1,11 @@
 """One attempt: matched again, rewritten, asked for permission, sent in as many transactions as it takes, one outcome for each recipient."""
 
+import asyncio
 import errno
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -518,6 +520,38 @@ async def test_content_that_cannot_be_read_for_lack_of_something_else_is_tried_a
     (outcome,) = result.outcomes.values()
     assert (outcome.status, outcome.in_doubt, outcome.fallback) == (Status.DEFERRED, False, False)
     assert str(outcome.reply) == f"its content cannot be read now: {os.strerror(number)}"
+    assert [event["id"] for event in bench.log.events("fault")] == ["00000000000A1"]
+
+
+async def test_content_that_cannot_be_read_to_its_end_is_not_in_doubt_as_its_final_dot_was_not_sent(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    path, octets = tmp_path / "content", CONTENT + b"x" * 1_500_000
+    path.write_bytes(octets)
+    real = module._read_slice
+
+    def fails(path: Any, place: int, length: int) -> bytes:
+        if place:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(path, place, length)
+
+    monkeypatch.setattr(module, "_read_slice", fails)
+    result = await bench.send(claim_of(content=Content(len(octets), None, path)))
+    (outcome,) = result.outcomes.values()
+    assert (outcome.status, outcome.scope, outcome.in_doubt) == (Status.DEFERRED, Scope.MESSAGE, False)
+    assert "cannot be read now" in str(outcome.reply)
+
+
+async def test_without_a_thread_to_read_with_nothing_was_sent_and_nothing_is_in_doubt(bench: Bench, tmp_path: Path) -> None:
+    class Starved(ThreadPoolExecutor):
+        def submit(self, *arguments: Any, **options: Any) -> Any:
+            raise RuntimeError("can't start new thread")
+
+    asyncio.get_running_loop().set_default_executor(Starved(1))
+    result = await bench.send(claim_of(content=Content(10, None, tmp_path / "there")))
+    (outcome,) = result.outcomes.values()
+    assert (outcome.status, outcome.in_doubt, outcome.fallback) == (Status.DEFERRED, False, False)
+    assert str(outcome.reply) == f"its content cannot be read now: {os.strerror(errno.EAGAIN)}"
     assert [event["id"] for event in bench.log.events("fault")] == ["00000000000A1"]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from relay.clock import ManualClock
 from relay.config.model import Retry
-from relay.delivery.breaker import Breakers
+from relay.delivery.breaker import PROBE, Breakers
 from relay.mail.outcome import Failure, Outcome, Phase, Scope, Status, outcome_of_failure, outcome_of_reply
 from relay.mail.reply import Reply
 from relay.observe.metrics import Metrics
@@ -31,6 +31,7 @@ LACKING = outcome_of_failure(Phase.MAIL, Failure.LACKING, "no SMTPUTF8")
 
 THROTTLED = outcome_of_reply(Phase.MAIL, Reply(454, "4.7.0", "slow down"))
 LOST = outcome_of_failure(Phase.FINAL, Failure.TIMEOUT, "no reply")
+GONE = outcome_of_failure(Phase.FINAL, Failure.CLOSED, "connection lost after the content")
 
 MINUTE, HOUR = 60.0, 3600.0
 
@@ -81,7 +82,7 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
 # -- closed ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("outcome", [DOWN, UNTRUSTED, CLOSING, BROKEN, LOGIN_DEFERRED])
+@pytest.mark.parametrize("outcome", [DOWN, UNTRUSTED, CLOSING, BROKEN, LOGIN_DEFERRED, LOST, GONE])
 def test_three_failures_in_a_row_open_it_for_half_a_minute(desk: Desk, outcome: Outcome) -> None:
     for _ in range(2):
         desk.tries(outcome)
@@ -107,14 +108,13 @@ def test_a_message_that_it_deals_with_begins_the_row_anew(desk: Desk, success: O
     assert desk.breakers.troubles() == []
 
 
-@pytest.mark.parametrize("outcome", [THROTTLED, LOST])
-def test_a_request_to_slow_down_and_a_lost_reply_are_neither_failure_nor_success(desk: Desk, outcome: Outcome) -> None:
+def test_a_request_to_slow_down_is_neither_failure_nor_success(desk: Desk) -> None:
     for _ in range(10):
-        desk.tries(outcome)
+        desk.tries(THROTTLED)
     assert desk.breakers.failing_since("acme") is None
     desk.tries(DOWN)
     desk.tries(DOWN)
-    desk.tries(outcome)
+    desk.tries(THROTTLED)
     assert desk.admits()
     desk.tries(DOWN)
     assert not desk.admits()
@@ -138,11 +138,22 @@ def test_one_odd_recipient_does_not_stop_the_mail_of_a_tenant_and_three_messages
     assert desk.open_seconds() == 15 * MINUTE
 
 
-def test_a_message_that_breaks_every_session_counts_once(desk: Desk) -> None:
+@pytest.mark.parametrize("outcome", [BROKEN, LOST, GONE])
+def test_a_message_that_breaks_every_session_counts_once(desk: Desk, outcome: Outcome) -> None:
     poison = desk.id()
     for _ in range(10):
-        desk.tries(BROKEN, id=poison)
+        desk.tries(outcome, id=poison)
     assert desk.open_seconds() == 0
+
+
+def test_a_login_that_works_says_nothing_of_replies_that_were_lost_after_it(desk: Desk) -> None:
+    opened(desk, LOST)
+    desk.clock.advance(30)
+    assert desk.breakers.admit("acme", PROBE) is None
+    assert not desk.breakers.record_probe("acme", None)
+    assert desk.breakers.failing_since("acme") is not None
+    desk.tries(LOST)
+    assert desk.open_seconds() == 60
 
 
 def test_a_message_that_finds_no_session_counts_each_time_it_tries(desk: Desk) -> None:
@@ -158,7 +169,8 @@ def test_a_message_that_finds_no_session_counts_each_time_it_tries(desk: Desk) -
         ((SENT, CLOSING), 0.0),
         ((REFUSED, CLOSING), 30.0),
         ((CLOSING, REFUSED), 30.0),
-        ((GREYLISTED, LOST), 0.0),
+        ((GREYLISTED, LOST), 30.0),
+        ((SENT, LOST), 0.0),
         ((THROTTLED, REFUSED), 0.0),
         ((CLOSING, UNAUTHENTICATED), 900.0),
         ((UNAUTHENTICATED, CLOSING), 900.0),
@@ -285,7 +297,7 @@ def test_after_a_short_time_nothing_need_be_brought_forward(desk: Desk) -> None:
     assert not desk.tries(SENT)
 
 
-@pytest.mark.parametrize("outcomes", [(THROTTLED,), (LOST,), ()])
+@pytest.mark.parametrize("outcomes", [(THROTTLED,), ()])
 def test_a_message_that_finds_out_nothing_lets_the_next_one_try(desk: Desk, outcomes: tuple[Outcome, ...]) -> None:
     opened(desk)
     desk.clock.advance(30)

@@ -1,9 +1,11 @@
 """Whom an attempt's report speaks of, where it goes, and that there is one of it however often a settle is repeated."""
 
+import asyncio
 import email
 import random
 import threading
 from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
 from pathlib import Path
 from typing import Any
@@ -182,6 +184,24 @@ async def test_a_long_report_is_made_beside_the_loop(
     assert [thread != threading.get_ident() for thread in threads] == [in_a_thread]
     (report,) = await house.reports()
     assert len(fates(report)) == count
+
+
+async def test_a_system_without_threads_loses_no_outcome_and_no_report(house: House, tmp_path: Path) -> None:
+    class Starved(ThreadPoolExecutor):
+        def submit(self, *arguments: Any, **options: Any) -> Any:
+            raise RuntimeError("can't start new thread")
+
+    asyncio.get_running_loop().set_default_executor(Starved(1))
+    path, octets = tmp_path / "content", CONTENT + b"x" * 300_000
+    path.write_bytes(octets)
+    claim = (await house.claim(*(f"r{number}@example.org" for number in range(30))))._replace(content=Content(len(octets), None, path))
+    await house.settle(claim, {r.address: SENT if number else REFUSED for number, r in enumerate(claim.envelope.recipients)})
+    (report,) = await house.reports()
+    assert fates(report) == [("r0@example.org", "failed")]
+    assert part(report, 2).get_payload(decode=True) == PREFIX + HEADER
+    await house.settle(await house.claim(*(f"r{number}@example.org" for number in range(30))), REFUSED)
+    (report,) = await house.reports()
+    assert len(fates(report)) == 30
 
 
 # -- delay -----------------------------------------------------------------------------------------------------------------

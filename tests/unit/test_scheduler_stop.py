@@ -68,7 +68,7 @@ async def stop(house: House) -> None:
     await house.turns()
     assert not draining.done(), "the spool would be closed now, with a claim still to come"
     spool.gate.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         await draining
     house.service.cancel()
     await asyncio.gather(house.service, return_exceptions=True)

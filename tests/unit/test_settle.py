@@ -232,6 +232,21 @@ async def test_a_failure_is_reported_to_the_sender_by_his_own_route(house: House
     assert (event["id"], event["recipients"], event["failed"]) == (claim.id, "app@acme.example", "you@example.org")
 
 
+async def test_a_report_that_cannot_be_made_is_made_later(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settle, "_AGAIN_SECONDS", 0.0)
+    make, failures = house.spool.new_id, [RuntimeError("a fault of ours")] * 3
+
+    def new_id() -> MessageId:
+        if failures:
+            raise failures.pop()
+        return make()
+
+    claim = await house.claim()
+    monkeypatch.setattr(house.spool, "new_id", new_id)
+    await house.settle(claim, REFUSED)
+    assert house.log.names() == ["fault", "fault", "failed", "bounced"], "after 1 and 2"
+
+
 async def test_a_report_whose_sender_has_no_route_any_more_stays_in_the_lane_it_came_from(house: House) -> None:
     house.use(config_of([{"name": "acme", "sender": "globex.example", "upstream": "acme"}]))
     await house.settle(await house.claim(), REFUSED)
@@ -556,4 +571,10 @@ async def test_what_was_sent_for_a_claim_that_was_lost_is_not_told(house: House)
 async def test_a_claim_that_was_lost_is_not_given_up(house: House) -> None:
     claim = await house.claim()
     assert await house.settler.give_up(claim._replace(token=claim.token + 1), "no") == []
+    assert house.log.names() == ["note"]
+
+
+async def test_a_claim_that_was_lost_is_not_kept(house: House) -> None:
+    claim = await house.claim()
+    assert await house.settler.keep(claim._replace(token=claim.token + 1), "its turn") == []
     assert house.log.names() == ["note"]

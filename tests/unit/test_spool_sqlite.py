@@ -174,6 +174,79 @@ async def test_a_database_that_is_none_is_refused(tmp_path: Path) -> None:
         assert type(caught.value) is SpoolDamaged
 
 
+@pytest.mark.parametrize("length", [100, sql._PAGE_BYTES, 2 * sql._PAGE_BYTES])
+async def test_a_database_that_is_damaged_at_its_root_is_refused_as_beyond_trying_again(tmp_path: Path, length: int) -> None:
+    spool = open_spool(tmp_path)
+    await spool.put([draft(spool, content=LARGE)], [False])
+    await spool.close()
+    os.truncate(tmp_path / sql.DATABASE, length)
+    with pytest.raises(SpoolDamaged, match=r"cannot be opened: spool\.db is damaged at its root; restore it, or move it"):
+        open_spool(tmp_path)
+    assert len(stored_files(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("content", [b"small", LARGE])
+@pytest.mark.parametrize("length", [None, 0, 1])
+async def test_a_database_that_has_gone_is_missed_and_what_is_left_of_its_mail_is_not_removed(
+    tmp_path: Path, content: bytes, length: int | None
+) -> None:  # fmt: skip
+    """SQLite would remove the log of a database that is empty, and the sweep the files that no record names."""
+    spool = open_spool(tmp_path / "spool")
+    message = draft(spool, content=content)
+    await spool.put([message], [False])
+    crashed = tmp_path / "crashed"
+    shutil.copytree(tmp_path / "spool", crashed)
+    await spool.close()
+    kept, log = tmp_path / "kept", crashed / f"{sql.DATABASE}-wal"
+    shutil.copy(crashed / sql.DATABASE, kept)
+    octets = log.read_bytes()
+    (crashed / sql.DATABASE).unlink()
+    if length is not None:
+        (crashed / sql.DATABASE).write_bytes(bytes(length))
+    for _ in range(2):
+        with pytest.raises(SpoolDamaged, match=r"spool\.db is missing or empty, but there is mail of its spool"):
+            open_spool(crashed)
+    assert log.read_bytes() == octets
+    shutil.copy(kept, crashed / sql.DATABASE)
+    again = open_spool(crashed)
+    (claim,) = await again.claim(LANE, 1)
+    assert octets_of(claim.content) == content
+    await again.close()
+
+
+async def test_content_whose_database_has_gone_is_not_removed(tmp_path: Path) -> None:
+    spool = open_spool(tmp_path)
+    await spool.put([draft(spool, content=LARGE)], [False])
+    await spool.close()
+    (tmp_path / sql.DATABASE).unlink()
+    with pytest.raises(SpoolDamaged, match="there is mail of its spool in content; restore it, or move content away, too"):
+        open_spool(tmp_path)
+    assert len(stored_files(tmp_path)) == 1
+
+
+async def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(SpoolError, match=f"cannot be used: {tmp_path}/lock: Is a directory"):
+        open_spool(tmp_path)
+    (tmp_path / "lock").rmdir()
+    await open_spool(tmp_path).close()
+    (tmp_path / f"{sql.DATABASE}-wal").mkdir()
+    with pytest.raises(SpoolError, match=r"cannot be opened: .*must belong to the user as whom relay runs") as caught:
+        open_spool(tmp_path)
+    assert type(caught.value) is SpoolError
+
+
+async def test_a_spool_from_which_all_was_moved_away_begins_anew(tmp_path: Path) -> None:
+    spool = open_spool(tmp_path)
+    await spool.put([draft(spool, content=LARGE)], [False])
+    await spool.close()
+    (tmp_path / sql.DATABASE).unlink()
+    (tmp_path / "content").rename(tmp_path / "moved away")
+    again = open_spool(tmp_path)
+    assert await again.next_due() == {}
+    await again.close()
+
+
 async def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SpoolError, match="cannot be used"):
@@ -341,10 +414,10 @@ async def test_a_checkpoint_that_fails_stops_nothing(spool: SqliteSpool, monkeyp
     real = spool._database
     monkeypatch.setattr(spool, "_database", Failing(real))
     for _ in range(3):
-        await asyncio.wait_for(spool.put([draft(spool)], [False]), 5)
+        await asyncio.wait_for(spool.put([draft(spool)], [False]), 30)
     await eventually(lambda: failures >= 3, "checkpoints fail")
     monkeypatch.setattr(spool, "_database", real)
-    assert len(await asyncio.wait_for(spool.claim(LANE, 10), 5)) == 3
+    assert len(await asyncio.wait_for(spool.claim(LANE, 10), 30)) == 3
 
 
 async def test_a_message_without_its_content_is_held_and_its_lane_goes_on(spool: SqliteSpool, tmp_path: Path) -> None:
@@ -363,7 +436,7 @@ async def test_after_the_end_nothing_is_taken(tmp_path: Path) -> None:
     message = draft(spool)
     await spool.close()
     with pytest.raises(SpoolError, match="closed"):
-        await asyncio.wait_for(spool.put([message], [False]), 2)
+        await asyncio.wait_for(spool.put([message], [False]), 30)
 
 
 async def test_closing_writes_everything_back_into_the_database(tmp_path: Path) -> None:
@@ -514,7 +587,7 @@ async def test_what_goes_on_at_once_does_not_wait_for_company(spool: SqliteSpool
     monkeypatch.setattr(commit, "RIDE_SECONDS", 60.0)
     (to_fallback, refused) = await spool.put([draft(spool), draft(spool)], [True, True])
     assert to_fallback is not None and refused is not None
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await spool.settle(settlement(to_fallback, DEFERRED, then=Next(ManualClock().now(), OTHER_LANE)))
         await spool.settle(settlement(refused, FAILED, bounce=draft(spool)))
 
