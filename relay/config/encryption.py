@@ -34,9 +34,14 @@ class Keyring:
 
     @classmethod
     def from_file(cls, path: Path) -> "Keyring":
-        """The keys in `path`. Empty lines and those that begin with # are left out. Raises SecretError."""
+        """The keys in `path`. Raises SecretError."""
+        return cls.from_text(read_file(path), path)
+
+    @classmethod
+    def from_text(cls, text: str, path: Path) -> "Keyring":
+        """The keys in what was read from `path`. Empty lines and those that begin with # are left out. Raises SecretError."""
         keys = []
-        for number, line in enumerate(read_file(path).splitlines(), 1):
+        for number, line in enumerate(text.splitlines(), 1):
             if (key := line.strip()) and not key.startswith("#"):
                 if not _KEY.fullmatch(key):
                     raise SecretError(f"{path}, line {number}: is no key from `relay secret keygen`")
@@ -117,7 +122,7 @@ def problems(keys: Keys, *, named: bool) -> Iterator[Problem]:
         yield Problem(place, str(error))
         return
     if mode & stat.S_IROTH:  # the group may be the service's own, as systemd and Kubernetes have it
-        yield Problem(place, f"others can read {keys.path}, and with it every encrypted secret: chmod 600", "warning")
+        yield Problem(place, f"others can read {keys.path}, and with it every encrypted secret: chmod o-r", "warning")
 
 
 def new_key() -> str:

@@ -99,16 +99,26 @@ class Certificate:
 
     def _look(self) -> None:
         assert self._pair is not None, "open has chosen it"
-        self._looking = asyncio.get_running_loop().run_in_executor(None, _look, self._pair, self._settings.minimum_tls, self._stamp)
-        self._looking.add_done_callback(self._looked)
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(LOOK_SECONDS, self._look)  # whatever comes of this look
+        if self._looking is not None:
+            return  # the file system hangs, and one thread that waits for it is enough
+        try:
+            self._looking = loop.run_in_executor(None, _look, self._pair, self._settings.minimum_tls, self._stamp)
+        except RuntimeError as error:  # the system has no thread left
+            self._fail(error)
+        else:
+            self._looking.add_done_callback(self._looked)
+
+    def _fail(self, error: BaseException) -> None:
+        self._journal.fault(f"looking at the certificate of listener {self._settings.name}", error)
 
     def _looked(self, looking: "asyncio.Future[Look | None]") -> None:
         self._looking = None
         if self._timer is None or looking.cancelled():
             return
-        self._timer = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look)
         if (error := looking.exception()) is not None:
-            self._journal.fault(f"looking at the certificate of listener {self._settings.name}", error)
+            self._fail(error)
             return
         look = looking.result()
         if look is None:  # the files are those in use, perhaps again

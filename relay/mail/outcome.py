@@ -255,8 +255,14 @@ TABLE: tuple[Row, ...] = (
     Row((Phase.FINAL,), Failure.SLOWED, _DEFERRED, _UPSTREAM, "its token server is throttled", in_doubt=True),
 )
 
-#: What a reply repeats of a message are words of anybody's choice: throttle@example.com is no request to slow down.
-_ADDRESS = re.compile(r"<[^<>]*>|(?<![^\s<>:;,()])[^\s<>:;,()@]+@[^\s<>:;,()]+")
+#: What a reply repeats of a message are words of anybody's choice: neither throttle@example.com nor the subject "Rate limit" is a request
+#: to slow down. Addresses, links, subjects and quotations are taken out; a quotation at the beginning is the reply itself.
+_REPEATED = re.compile(
+    r"""<[^<>]*> | (?<![^\s<>:;,()])[^\s<>:;,()@]+@[^\s<>:;,()]+
+    | \bhttps?://[^\s<>"]+ | \bwww\.[^\s<>"]+ | \bsubject\s*[:=].*
+    | (?<!^)(?<!\w) (?: "[^"]*" | “[^”]*” | ‘[^’]*’ | «[^»]*» | '[^'`]*'(?!\w) | `[^'`]*['`] )""",
+    re.VERBOSE,
+)
 
 #: The rows that a reply can meet, by phase and first digit: nearly every reply is a 2xx, which few rows are about.
 _BY_DIGIT: dict[tuple[Phase, str], tuple[Row, ...]] = {
@@ -285,7 +291,7 @@ def row_for(phase: Phase, event: Reply | Failure, *, own: Sequence[Row] = ()) ->
     if isinstance(event, Failure):
         rows: Sequence[Row] = TABLE
     else:
-        rows, event = (*own, *_BY_DIGIT[phase, f"{event.code:03}"[0]]), event._replace(text=_ADDRESS.sub("<>", event.text).lower())
+        rows, event = (*own, *_BY_DIGIT[phase, f"{event.code:03}"[0]]), event._replace(text=_REPEATED.sub("<>", event.text.lower()))
     for row in rows:
         if phase in row.phases and _fits(row.event, event):
             return row

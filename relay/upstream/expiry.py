@@ -7,6 +7,7 @@ State: for each host and port the certificate seen last, and when it was warned 
 """
 
 import ssl
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Final, NamedTuple
 
@@ -33,9 +34,8 @@ class Validity(NamedTuple):
         return self.ends - min(_WARN_SECONDS, _WARN_SHARE * (self.ends - self.begins))
 
 
-def validity_of(connection: ssl.SSLObject | None) -> Validity | None:
-    """That of the certificate on the other side; None without TLS or where it was not verified."""
-    certificate = connection.getpeercert() if connection is not None else None
+def validity_of(certificate: Mapping[str, object] | None) -> Validity | None:
+    """That of a certificate as `ssl.SSLSocket.getpeercert` gives it; None without TLS (None) or where it was not verified (empty)."""
     if not certificate:
         return None
     return _validity(str(certificate["notBefore"]), str(certificate["notAfter"]))

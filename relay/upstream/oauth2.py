@@ -165,7 +165,7 @@ class Tokens:
         self._early_at = self._expires_at = self._again_at = 0.0  # monotonic
         self._trouble: TokenError | None = None
         self._flight: asyncio.Future[Granted | TokenError] | None = None
-        self._asked = False
+        self._asked: OAuth2 | None = None  # what the last request was made with
 
     async def get(self) -> Secret:
         """A token that is good for a while. Raises TokenError."""
@@ -178,15 +178,17 @@ class Tokens:
                 if left is None:
                     raise self._trouble
                 return left
-            flight, oauth2 = self._flight or self._start(), self._oauth2
+            flight = self._flight or self._start()
+            asked = self._asked
             done, _ = await asyncio.wait([flight], timeout=_WAIT_SECONDS)
+            if asked is not self._oauth2:  # there are other settings by now: what was asked with the old ones says nothing of them
+                continue
             result = flight.result() if done else TokenError(Failure.TIMEOUT, f"the token server {self.host} did not answer in time")
             if isinstance(result, Granted):
                 return result.token
-            if oauth2 is self._oauth2:  # else there are other settings by now
-                if left is None:
-                    raise result
-                return left
+            if left is None:
+                raise result
+            return left
 
     async def renew(self) -> bool:
         """Ask for another token than the one at hand, which was refused. Answers whether trying again says more than the refusal."""
@@ -225,7 +227,7 @@ class Tokens:
         def take(_: Secret, new: Secret) -> bool:
             nonlocal current
             current = new
-            if not self._asked or not self.take(Found(self._oauth2, new.reveal())):
+            if self._asked is None or not self.take(Found(self._oauth2, new.reveal())):
                 return False
             exchange()
             return True
@@ -245,9 +247,9 @@ class Tokens:
         return urlsplit(self._asker.server(self._oauth2).token_url).hostname or ""
 
     def _start(self) -> asyncio.Future[Granted | TokenError]:
-        self._asked = True
+        self._asked = self._oauth2
         self._flight = self._threads.run(self.host, partial(self._ask, self._oauth2))
-        self._flight.add_done_callback(partial(self._land, self._oauth2))
+        self._flight.add_done_callback(partial(self._land, self._asked))
         return self._flight
 
     def _ask(self, oauth2: OAuth2) -> Granted | TokenError:

@@ -19,6 +19,7 @@ from relay.config.upstreams import Upstream
 from relay.mail.outcome import Failure, Outcome, Phase, outcome_of_failure, outcome_of_reply
 from relay.mail.reply import MalformedReply, parse_reply, told
 from relay.upstream.dial import Names, NoConnection, dial, reason_of
+from relay.upstream.echo import without_secrets
 from relay.upstream.expiry import validity_of
 from relay.upstream.session import Session
 from relay.upstream.tls import Contexts, Unusable
@@ -53,6 +54,7 @@ class Seen(NamedTuple):
 
 
 _Mechanism = Callable[..., Awaitable[object]]
+_PIECE = 8  # characters of a secret: six octets of what is in base64; shorter ones are found in ordinary words
 _DIGITS = 20  # of a number in what is offered (RFC 1870 section 4)
 
 #: Told of each phase that a session being opened has passed, with what was seen in it.
@@ -113,7 +115,7 @@ async def open_session(
             # Closing waits half a minute for a server that does not answer the end of TLS, as Exim with GnuTLS does not.
             cast(asyncio.Transport, transport).abort()
         raise
-    validity = validity_of(transport.get_extra_info("ssl_object"))
+    validity = validity_of(transport.get_extra_info("peercert"))  # taken apart with the handshake; a second time costs as much
     session = Session(Wire(cast(asyncio.Transport, transport)), _offer(client), upstream, validity=validity, limits=_limits(client))
     client.protocol = client.transport = None  # the library's two objects know each other: what TLS holds would wait for the collector
     return session
@@ -218,9 +220,7 @@ def _without_secret(text: str, upstream: Upstream) -> str:
     assert upstream.username is not None and upstream.password is not None, "the configuration has both or none"
     user, secret = upstream.username, upstream.password.reveal()
     lines = (b64encode(f"\0{user}\0{secret}".encode()), initial_response(user, secret), b64encode(secret.encode()))
-    for shown in (*(line.decode() for line in lines), secret):
-        text = text.replace(shown, "(secret)") if shown else text
-    return text
+    return without_secrets(text, [*(line.decode() for line in lines), secret], piece=_PIECE)
 
 
 async def _step(phase: Phase, work: Awaitable[object], host: str, upstream: Upstream) -> None:

@@ -112,7 +112,8 @@ class Pool:
         return await self._send(name, message) if await login.renewed(used, first, looks=looks) else outcomes
 
     async def probe(self, name: str) -> Outcome | None:
-        """Open a session without mail and end it: None where that works, else why not. A refused secret is read again, as for mail."""
+        """Open a session without mail and end it: None where that works, else why not. A refused secret is read again, as for mail.
+        Raises Busy where mail has all connections and keeps them."""
         login = self._logins[name]
         used, looks = login.upstream, login.looks
         outcome = await self._probe(name)
@@ -122,11 +123,28 @@ class Pool:
         return await self._probe(name) if await login.renewed(used, outcome, looks=looks) else outcome
 
     async def _probe(self, name: str) -> Outcome | None:
+        """With the right to a connection, like mail, and where one is idle in its place: some upstreams count strictly."""
+        rides, patience = self._rides_of(name), self.settings(name).timeouts.connect
         try:
-            self._dismiss(await self._logins[name].open())
+            session = None if rides.board() else await rides.wait_to_probe(timeout_seconds=patience)
         except CannotOpen as error:
             return error.outcome
+        try:
+            if session is None and not rides.has_room_beside(len(self._idle.get(name, ()))):
+                session = self._take(name)
+            if session is not None:
+                await self._see_off(session)
+            await self._see_off(await self._logins[name].open())
+        except CannotOpen as error:
+            return error.outcome
+        finally:
+            rides.leave()
         return None
+
+    async def _see_off(self, session: Session) -> None:
+        """Let a session go, and wait until its connection is closed: the upstream counts it until then."""
+        self._dismiss(session)
+        await asyncio.wait([session.ended])
 
     def settings(self, name: str) -> Upstream:
         """The settings in use, with the secret as it was last read."""
@@ -144,24 +162,27 @@ class Pool:
             session = self._take(name) if boarded else await rides.wait()
         except CannotOpen as error:
             return [error.outcome] * len(message.recipients)
-        in_doubt = False
+        in_doubt = shut = False
         try:
             if session is not None:
                 try:
                     return await (session.send(message) if boarded else session.ride(message))
                 except Stale as stale:
-                    self._dismiss(session)
+                    await self._see_off(session)
                     in_doubt = stale.in_doubt
             session = None
             session = await self._logins[name].open()
             outcomes = await session.send(message)
             return list(map(_doubted, outcomes)) if in_doubt else outcomes
         except CannotOpen as error:
-            if error.outcome.scope is Scope.CREDENTIAL or error.outcome.throttled:
+            if error.outcome.scope is Scope.CREDENTIAL:
                 rides.refuse(error)
+            elif shut := error.outcome.throttled:
+                rides.withdraw(error)
             return [_doubted(error.outcome) if in_doubt else error.outcome] * len(message.recipients)
         finally:
-            if session is None or not (session.rider or session.busy):  # else it is the rider's now, or still of the one before
+            taken = session is not None and (session.rider or session.busy)  # it is the rider's now, or still of the one before
+            if not (taken or shut):
                 self._give_back(name, session)
 
     def _rides_of(self, name: str) -> Rides:
@@ -280,7 +301,15 @@ class Pool:
     def _leave(self, name: str) -> None:
         """Let the idle sessions of an upstream go."""
         for idle in self._idle.pop(name, ()):
-            self._dismiss(idle.session)
+            self._retire(idle.session)
+
+    def _retire(self, session: Session) -> None:
+        """Let an idle session go. It is in use until its connection is closed, for that is how the upstream counts."""
+        self._dismiss(session)
+        rides = session.rides
+        if rides is not None and not session.ended.done():
+            rides.keep()
+            session.ended.add_done_callback(lambda _: rides.leave())
 
     def _dismiss(self, session: Session) -> None:
         """Let a session go; it is remembered until its connection is closed."""
@@ -290,13 +319,13 @@ class Pool:
             session.ended.add_done_callback(lambda _: self._leaving.discard(session))
 
     def _sweep(self) -> None:
-        """Close what has been idle for too long; the oldest are in front."""
+        """Close what has been idle for too long; the oldest are in front. What the other side has closed is `_ended`'s to learn from."""
         self._sweeper = None
         now = self._clock.monotonic()
         for name, sessions in list(self._idle.items()):
             deadline = now - self._patience_seconds(name)
-            while sessions and (sessions[0].since <= deadline or not sessions[0].session.usable):
-                self._dismiss(sessions.pop(0).session)
+            while sessions and sessions[0].since <= deadline:
+                self._retire(sessions.pop(0).session)
             if not sessions:
                 del self._idle[name]
         if self._idle:

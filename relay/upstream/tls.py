@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 from relay.clock import Clock
 from relay.config.machine import pair_fault
 from relay.config.upstreams import Upstream
+from relay.upstream.watch import Readers
 
 #: So often, at most, the files are looked at: when a session is opened.
 LOOK_SECONDS = 10.0
@@ -76,6 +77,7 @@ class Contexts:
         self._clock = clock
         self._note = note
         self._kept: dict[Trust, _Kept] = {}
+        self._readers = Readers()  # not the loop's own threads, for these may hang, and others' mail is read in those
 
     async def get(self, upstream: Upstream) -> ssl.SSLContext | None:
         """The context for `upstream`, or None where it uses no TLS. Raises Unusable."""
@@ -94,9 +96,8 @@ class Contexts:
     def _look(self, trust: Trust, kept: _Kept) -> asyncio.Future[None]:
         """One look for all who ask at the same time; in a thread, for as long as it takes."""
         if kept.looking is None:
-            loop = asyncio.get_running_loop()
-            kept.looking, kept.looked = loop.create_future(), self._clock.monotonic()
-            loop.run_in_executor(None, _look, trust, kept.stamp).add_done_callback(partial(self._looked, trust, kept))
+            kept.looking, kept.looked = asyncio.get_running_loop().create_future(), self._clock.monotonic()
+            self._readers.run(partial(_look, trust, kept.stamp)).add_done_callback(partial(self._looked, trust, kept))
         return kept.looking
 
     def _looked(self, trust: Trust, kept: _Kept, looking: "asyncio.Future[_Look | None]") -> None:

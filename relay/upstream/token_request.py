@@ -20,6 +20,7 @@ from urllib.parse import quote_plus, urlencode, urlsplit
 from relay.mail.outcome import Failure
 from relay.mail.reply import printable
 from relay.upstream.dial import reason_of
+from relay.upstream.echo import without_secrets
 from relay.upstream.token_error import TokenError
 
 #: For each step of a request, as curl's users set it, and for all of them together.
@@ -27,6 +28,7 @@ _STEP_SECONDS: Final = 10.0
 _ANSWER_SECONDS: Final = 20.0
 _ANSWER_LIMIT_OCTETS: Final = 256 * 1024  # the largest tokens have some 10 KiB
 _WORDS_LIMIT: Final = 300
+_PIECE: Final = 12  # characters of a secret: a machine has made it, and the names of errors are words
 _SLOW_DOWN_SECONDS: Final = 60.0
 _SLOWEST_SECONDS: Final = 3600.0
 
@@ -204,9 +206,7 @@ def _description(answer: Mapping[str, Any], secrets: tuple[str, ...]) -> str:
 
 def _words(text: str, secrets: tuple[str, ...]) -> str:
     """A stranger's words, fit for a log line, without what he was shown."""
-    for secret in sorted(secrets, key=len, reverse=True):
-        for form in (secret, quote_plus(secret)) if secret else ():
-            text = text.replace(form, "(secret)")
+    text = without_secrets(text, [*secrets, *map(quote_plus, secrets)], piece=_PIECE)
     return printable(" ".join(text.split()))[:_WORDS_LIMIT]
 
 

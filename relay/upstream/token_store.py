@@ -54,6 +54,26 @@ class Unreadable(Exception):
     """There is a stored token, and no key that opens it, or it is damaged. The text says which."""
 
 
+class Folder(NamedTuple):
+    """The directory of the tokens, opened, and what is done in it. `path`: where it was, for people. All methods raise OSError."""
+
+    path: Path
+    descriptor: int
+
+    def open(self, name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=self.descriptor)
+
+    def read(self, name: str) -> str:
+        """All of a file. A pipe that somebody has put there is empty."""
+        with open(self.open(name, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            return file.read().decode("ascii", "replace")
+
+    def remove(self, name: str) -> None:
+        """Also where it is gone already."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self.descriptor)
+
+
 class TokenStore:
     """The stored tokens below a spool's directory. Blocks. `note` is told when a key is made."""
 
@@ -69,21 +89,23 @@ class TokenStore:
         """Which sign-in its token comes from; `""` where there is none, or none that a key opens. Raises SecretError."""
         path = self.path(upstream)
         try:
-            chain = self.read(path)
-        except Unreadable:
+            with self._opened(path.parent) as folder:
+                chain = self.read(folder, path.name)
+        except (Unreadable, FileNotFoundError):
             return ""
         except OSError as error:
             raise SecretError(f"cannot read {path}: {error.strerror}") from None
         return chain.signed if chain is not None else ""
 
-    def read(self, path: Path) -> Chain | None:
+    def read(self, folder: Folder, name: str) -> Chain | None:
         """What is stored in a file. Raises Unreadable and OSError."""
+        path = folder.path / name
         try:
-            text = path.read_text("ascii", "replace")
+            text = folder.read(name)
         except FileNotFoundError:
             return None
         try:
-            version, chain = json.loads(self.decrypt(text))
+            version, chain = json.loads(self._decrypt(text, folder))
             if version != _VERSION:
                 raise Unreadable(f"{path} was written by another version of relay")
             return Chain(*map(str, chain))
@@ -96,12 +118,14 @@ class TokenStore:
     def slot(self, upstream: str) -> "Iterator[Slot]":
         """The place of one upstream's token, locked. Raises StoreError."""
         path = self.path(upstream)
-        with self._failing(path), self._locked(path):
-            slot = Slot(self, path)
-            try:
-                yield slot
-            finally:
-                slot.close()
+        with self._failing(path):
+            self._make_directory(path.parent)
+            with self._opened(path.parent) as folder, self._locked(folder, path.name):
+                slot = Slot(self, folder, path.name)
+                try:
+                    yield slot
+                finally:
+                    slot.close()
 
     @contextmanager
     def _failing(self, path: Path) -> Iterator[None]:
@@ -111,11 +135,10 @@ class TokenStore:
             raise StoreError(f"{path}: {error.strerror or error}") from None
 
     @contextmanager
-    def _locked(self, path: Path) -> Iterator[None]:
-        self._make_directory(path.parent)
-        lock = os.open(path.with_name(f"{path.name}%lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    def _locked(self, folder: Folder, name: str) -> Iterator[None]:
+        lock = folder.open(f"{name}%lock", os.O_RDWR | os.O_CREAT)
         try:
-            self._own(lock)
+            self.own(lock)
             deadline = time.monotonic() + _LOCK_SECONDS
             while True:
                 try:
@@ -130,18 +153,29 @@ class TokenStore:
             os.close(lock)
 
     def _make_directory(self, directory: Path) -> None:
-        if not directory.is_dir():
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                self._own(descriptor)
-            finally:
-                os.close(descriptor)
-            sync_directory(directory.parent)
-        elif os.geteuid() == 0 and directory.is_symlink():
-            raise OSError(errno.ELOOP, f"{directory} is a symbolic link, which root does not follow")
+        if os.path.lexists(directory):
+            return
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with self._opened(directory) as folder:
+            self.own(folder.descriptor)
+        sync_directory(directory.parent)
 
-    def _own(self, descriptor: int) -> None:
+    @contextmanager
+    def _opened(self, directory: Path) -> Iterator[Folder]:
+        """The directory itself: what a name leads to may change at any moment, and root's power must not follow."""
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        try:
+            descriptor = os.open(directory, flags | (os.O_NOFOLLOW if os.geteuid() == 0 else 0))
+        except NotADirectoryError:
+            if directory.is_symlink():
+                raise OSError(errno.ELOOP, f"{directory} is a symbolic link, which root does not follow") from None
+            raise
+        try:
+            yield Folder(directory, descriptor)
+        finally:
+            os.close(descriptor)
+
+    def own(self, descriptor: int) -> None:
         """Give root's files to the spool's owner: an operator signs in, and the service must read it. Not what has a name elsewhere, too:
         the directory is the service's, and root's power is not."""
         if os.geteuid() == 0:
@@ -151,76 +185,80 @@ class TokenStore:
             owner = os.stat(self._spool)
             os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
+    def create(self, folder: Folder, name: str) -> int:
+        """A new file that nobody else may read."""
+        descriptor = folder.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        self.own(descriptor)
+        return descriptor
+
     # -- the keys ---------------------------------------------------------------------------------------------------------
 
-    def encrypt(self, text: str) -> str:
+    def encrypt(self, text: str, folder: Folder) -> str:
         """Raises SecretError and OSError."""
         if self._keys.path is not None:
             return self._keys.ring().encrypt(text)
-        path = self._own_key
-        if not path.exists():
-            self._make_key(path)
-            self._note(f"a key for refresh tokens was made: {path}; `relay secret keygen` and secrets.key_file keep it elsewhere")
-        return Keyring.from_file(path).encrypt(text)
-
-    def decrypt(self, text: str) -> str:
-        """With the configured keys, or with the one that was made before there were any. Raises SecretError."""
-        own = self._own_key
-        if self._keys.path is None:
-            return Keyring.from_file(own).decrypt(text)
         try:
-            return self._keys.ring().decrypt(text)
+            ring = _own_ring(folder)
+        except FileNotFoundError:
+            self._make_key(folder)
+            path = folder.path / _KEY
+            self._note(f"a key for refresh tokens was made: {path}; `relay secret keygen` and secrets.key_file keep it elsewhere")
+            ring = _own_ring(folder)
+        return ring.encrypt(text)
+
+    def _decrypt(self, text: str, folder: Folder) -> str:
+        """With the configured keys, or with the one that was made before there were any. Raises SecretError."""
+        try:
+            return (_own_ring(folder) if self._keys.path is None else self._keys.ring()).decrypt(text)
+        except FileNotFoundError as error:
+            raise SecretError(f"cannot read {folder.path / _KEY}: {error.strerror}") from None
         except SecretError:
-            if not own.exists():
+            if self._keys.path is None:
                 raise
-            with contextlib.suppress(SecretError):
-                return Keyring.from_file(own).decrypt(text)
+            with contextlib.suppress(SecretError, OSError):
+                return _own_ring(folder).decrypt(text)
             raise
 
-    @property
-    def _own_key(self) -> Path:
-        return stored_at(self._spool, "x").with_name(_KEY)
-
-    def _make_key(self, path: Path) -> None:
+    def _make_key(self, folder: Folder) -> None:
         """Linked into place, so that two who make one at a time use the same."""
-        aside = path.with_name(f"{path.name}%{os.getpid()}")
-        aside.unlink(missing_ok=True)
-        descriptor = self.create(aside)
+        aside = f"{_KEY}%{os.getpid()}"
+        folder.remove(aside)
+        descriptor = self.create(folder, aside)
         try:
             os.write(descriptor, f"{new_key()}\n".encode())
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
         with contextlib.suppress(FileExistsError):
-            os.link(aside, path)
-        aside.unlink()
-        sync_directory(path.parent)
+            os.link(aside, _KEY, src_dir_fd=folder.descriptor, dst_dir_fd=folder.descriptor)
+        folder.remove(aside)
+        os.fsync(folder.descriptor)
 
-    def create(self, path: Path) -> int:
-        """A new file that nobody else may read."""
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        self._own(descriptor)
-        return descriptor
+
+def _own_ring(folder: Folder) -> Keyring:
+    """The key that was made beside the tokens. Raises SecretError and OSError."""
+    return Keyring.from_text(folder.read(_KEY), folder.path / _KEY)
 
 
 class Slot:
     """One upstream's token, while its lock is held."""
 
-    def __init__(self, store: TokenStore, path: Path) -> None:
+    def __init__(self, store: TokenStore, folder: Folder, name: str) -> None:
         self._store = store
-        self._path = path
-        self._aside = path.with_name(f"{path.name}%new")
+        self._folder = folder
+        self._name = name
+        self._aside = f"{name}%new"
         self._descriptor: int | None = None
 
     def load(self) -> Chain | None:
         """What is stored. Raises Unreadable and OSError."""
-        return self._store.read(self._path)
+        return self._store.read(self._folder, self._name)
 
     def prepare(self) -> None:
         """Make sure of the room and of the key before a server is asked that may end the token at hand. Raises OSError."""
         self._seal("")
-        self._aside.unlink(missing_ok=True)  # of somebody who was killed
-        self._descriptor = self._store.create(self._aside)
+        self._folder.remove(self._aside)  # of somebody who was killed
+        self._descriptor = self._store.create(self._folder, self._aside)
         os.posix_fallocate(self._descriptor, 0, _ROOM_OCTETS)
 
     def save(self, chain: Chain) -> None:
@@ -234,20 +272,20 @@ class Slot:
             rest = rest[os.write(self._descriptor, rest) :]
         os.ftruncate(self._descriptor, len(text))
         os.fsync(self._descriptor)
-        os.rename(self._aside, self._path)
+        os.rename(self._aside, self._name, src_dir_fd=self._folder.descriptor, dst_dir_fd=self._folder.descriptor)
         self.close()
-        sync_directory(self._path.parent)
+        os.fsync(self._folder.descriptor)
 
     def close(self) -> None:
         """Leave nothing behind that was not used."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-            self._aside.unlink(missing_ok=True)
+            self._folder.remove(self._aside)
 
     def _seal(self, text: str) -> str:
         try:
-            return self._store.encrypt(text)
+            return self._store.encrypt(text, self._folder)
         except SecretError as error:
             raise OSError(errno.EINVAL, f"cannot be encrypted: {error}") from None
 

@@ -279,6 +279,7 @@ class Transaction:
         if not refused and len(replies[-1]) == 1 and replies[-1][0][:4] == b"354 ":
             return True
         data = parse_reply(replies[-1])
+        self.botched |= data.positive  # which is no go-ahead; and yet it may wait for content, and would take commands for that
         if refused:
             self._note(data)
             return False

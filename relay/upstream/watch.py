@@ -33,6 +33,7 @@ _HANG_SECONDS = 20.0  # twice what a command may take
 _THREADS: Final = 32  # so many that hang cost the others nothing
 _COMMANDS: Final = 4  # at once, of those that are run on request
 _AT_ONCE: Final = 100  # so many are taken before the loop goes on with mail
+_NO_THREAD_SECONDS: Final = 1.0  # so soon again when the system has no thread left
 _NAMED: Final = 20  # a file system that is gone takes all secrets with it: no more of them are named at a time
 
 Note = Callable[[Literal["info", "warning"], str], None]
@@ -41,12 +42,14 @@ _T = TypeVar("_T")
 
 
 class Readers:
-    """Threads that read secrets, for a file system may hang, and a command takes up to 10 s. Nobody waits for them at the end."""
+    """Threads that read secrets and certificates, for a file system may hang, and a command takes up to 10 s. Nobody waits for them at
+    the end."""
 
     def __init__(self) -> None:
         self._waiting: deque[Callable[[], None]] = deque()
         self._running = 0
         self._asked: dict[str, asyncio.Future[Any]] = {}
+        self._retry: asyncio.TimerHandle | None = None
 
     async def read(self, name: str, ask: Callable[[], _T]) -> _T:
         """What `ask` answers in good time; who asks for the same name meanwhile gets the same answer.
@@ -93,12 +96,19 @@ class Readers:
     def close(self) -> None:
         """Begin no more."""
         self._waiting.clear()
+        if self._retry is not None:
+            self._retry.cancel()
+
+    def _try_again(self) -> None:
+        self._retry = None
+        self._next()
 
     def _next(self) -> None:
         while self._waiting and self._running < _THREADS:
             try:
                 threading.Thread(target=self._waiting[0], name="secrets", daemon=True).start()
-            except RuntimeError:  # no thread is left: it is tried again with the next one
+            except RuntimeError:  # no thread is left, and who waits may be the only one who would ever ask
+                self._retry = self._retry or asyncio.get_running_loop().call_later(_NO_THREAD_SECONDS, self._try_again)
                 return
             self._waiting.popleft()
             self._running += 1

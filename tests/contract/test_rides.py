@@ -8,10 +8,14 @@ from contextlib import asynccontextmanager, suppress
 
 import pytest
 
+from relay.clock import ManualClock
 from relay.config.upstreams import Upstream
 from relay.mail.outcome import Outcome
-from relay.upstream.pool import Pool
-from tests.support.upstream import ScriptedUpstream
+from relay.upstream import pool as pool_module
+from relay.upstream.pool import IDLE_SECONDS, Pool
+from relay.upstream.rides import Busy
+from tests.support.eventually import eventually
+from tests.support.upstream import Close, Hold, ScriptedUpstream
 from tests.system.upstreams import PATIENT, all_sent, outgoing, pool_to, raw_server, settings, words
 
 pytestmark = pytest.mark.both_loops
@@ -193,7 +197,7 @@ async def test_nobody_rides_or_waits_for_ever_where_the_connection_breaks_as_con
             assert words(await first) == ["deferred upstream final in_doubt"]
             for message in (second, third):
                 (await greeted()).close()
-                await asyncio.wait_for(message, 5)
+                await asyncio.wait_for(message, 30)
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 2, 3])
@@ -223,7 +227,7 @@ async def test_who_waits_may_be_cut_off_at_any_moment(rounds: int) -> None:
                 reader, writer = await played.connections.get()
 
         playing = asyncio.ensure_future(play())
-        assert all_sent(await asyncio.wait_for(third, 5))
+        assert all_sent(await asyncio.wait_for(third, 30))
         playing.cancel()
         await asyncio.wait([playing])
 
@@ -238,6 +242,141 @@ async def test_no_more_connections_than_allowed_however_much_there_is_to_send() 
             assert len(server.connections) <= 7
             assert "acme" in pool.riding
             assert server.most_at_once == 2
+
+
+USER = {"username": "acme", "password": "secret-of-acme"}
+
+
+async def test_a_throttled_login_leaves_alone_who_can_go_by_the_connections_that_are_there() -> None:
+    async with (
+        ScriptedUpstream(users={"acme": "secret-of-acme"}) as server,
+        pool_to(acme=settings(server, limits={"connections": 2}, **USER)) as pool,
+    ):
+        hold = asyncio.Event()
+        server.script("final", Hold(hold), times=1)
+        server.script("auth", b"454 4.7.0 Too many logins, try again later", connection=2)
+        first = sending(pool, b"one\r\n")
+        await eventually(lambda: bool(server.transactions) and server.transactions[0].complete)
+        second, third, fourth = (sending(pool, octets) for octets in (b"two\r\n", b"three\r\n", b"four\r\n"))
+        assert words(await second) == ["deferred upstream auth throttled"]
+        assert not third.done() and not fourth.done()
+        hold.set()
+        assert all(map(all_sent, await asyncio.gather(first, third, fourth)))
+        assert [transaction.connection for transaction in server.accepted] == [1, 1, 1]
+
+
+async def test_where_no_connection_is_left_a_throttled_login_is_the_answer_for_all_who_wait() -> None:
+    async with (
+        ScriptedUpstream(users={"acme": "secret-of-acme"}) as server,
+        pool_to(acme=settings(server, limits={"connections": 2}, **USER)) as pool,
+    ):
+        assert all_sent(await sending(pool, b"one\r\n"))  # the login is proven: none waits for another's
+        server.script("final", Close(), times=1)
+        server.script("auth", b"454 4.7.0 Too many logins, try again later")
+        outcomes = await asyncio.wait_for(asyncio.gather(*(sending(pool, b"x\r\n") for _ in range(6))), 30)
+        assert sorted(words([outcome for (outcome,) in outcomes])) == [
+            *["deferred upstream auth throttled"] * 5,
+            "deferred upstream final in_doubt",
+        ]
+        assert len(server.logins) < 5
+        server.heal()
+        assert all_sent(await sending(pool, b"two\r\n"))
+
+
+async def test_a_session_that_is_let_go_counts_until_its_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "_SWEEP_SECONDS", 0.005)
+    clock = ManualClock()
+    async with ScriptedUpstream() as server:
+        pool = Pool({"acme": settings(server, limits={"connections": 1})}, hostname="relay.example.net", clock=clock)
+        bye = asyncio.Event()
+        server.script("quit", Hold(bye), times=1)
+        assert all_sent(await sending(pool, b"one\r\n"))
+        clock.advance(IDLE_SECONDS)
+        await eventually(lambda: server.connections[0].verbs[-1] == "QUIT", "the session to be let go")
+        second = sending(pool, b"two\r\n")
+        await eventually(lambda: bool(pool._rides["acme"].waiting), "the message to wait")
+        assert len(server.connections) == 1
+        bye.set()
+        assert all_sent(await second)
+        assert (len(server.connections), server.most_at_once) == (2, 1)
+        await pool.close()
+
+
+# -- probes ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("idle", [0, 1, 2, 3])
+async def test_a_probe_counts_as_a_connection_and_takes_the_place_of_an_idle_one(idle: int) -> None:
+    async with ScriptedUpstream() as server, pool_to(acme=settings(server, limits={"connections": 3})) as pool:
+        if idle:
+            hold = asyncio.Event()
+            server.script("final", Hold(hold), times=idle)
+            messages = [sending(pool, b"x\r\n") for _ in range(idle)]
+            await eventually(lambda: sum(each.complete for each in server.transactions) == idle)
+            hold.set()
+            assert all(map(all_sent, await asyncio.gather(*messages)))
+        assert await pool.probe("acme") is None
+        assert len(server.connections) == idle + 1
+        assert server.most_at_once == min(idle + 1, 3)
+        await eventually(lambda: server.open_connections == min(idle, 2), "the probe to have gone")
+
+
+async def test_a_probe_waits_for_a_connection_and_nobody_rides_meanwhile() -> None:
+    async with station() as (played, pool):
+        first, second = sending(pool, b"one\r\n"), sending(pool, b"two\r\n")
+        reader, writer = await played.connections.get()
+        probe = asyncio.ensure_future(pool.probe("acme"))
+        await eventually(lambda: "acme" in pool._rides and len(pool._rides["acme"]._probing) == 1)
+        await taken(reader, writer)
+        writer.write(b"250 first\r\n")
+        assert all_sent(await first)
+        assert await reader.readline() == b"QUIT\r\n"
+        assert played.connections.empty()
+        writer.close()
+        reader, writer = await played.connections.get()
+        assert await reader.readline() == b"QUIT\r\n"
+        assert played.connections.empty()
+        writer.close()
+        assert await probe is None
+        reader, writer = await played.connections.get()
+        assert await taken(reader, writer) == b"two\r\n"
+        writer.write(b"250 second\r\n")
+        assert all_sent(await second)
+
+
+async def test_a_probe_does_not_wait_for_ever_and_leaves_no_trace() -> None:
+    played = Station()
+    async with raw_server(played.serve) as upstream:
+        short = upstream.model_copy(update={"timeouts": upstream.timeouts.model_copy(update={"connect": 0.05})})
+        async with pool_to(acme=limited(short)) as pool:
+            first, second = sending(pool, b"one\r\n"), sending(pool, b"two\r\n")
+            reader, writer = await played.connections.get()
+            with pytest.raises(Busy):
+                await pool.probe("acme")
+            await taken(reader, writer)
+            assert await reader.readexactly(len(FLIGHT)) == FLIGHT  # they ride again
+            writer.write(b"250 first\r\n")
+            await taken(reader, writer, flown=True)
+            writer.write(b"250 second\r\n")
+            assert all(map(all_sent, await asyncio.gather(first, second)))
+            writer.close()
+
+
+async def test_a_probe_that_waits_shares_a_refused_login() -> None:
+    async with (
+        ScriptedUpstream(users={"acme": "secret-of-acme"}) as server,
+        pool_to(acme=settings(server, limits={"connections": 1}, **USER)) as pool,
+    ):
+        hold = asyncio.Event()
+        server.script("greeting", Hold(hold))
+        server.script("auth", b"535 5.7.8 no")
+        first, probe = sending(pool, b"one\r\n"), asyncio.ensure_future(pool.probe("acme"))
+        await eventually(lambda: "acme" in pool._rides and len(pool._rides["acme"]._probing) == 1)
+        hold.set()
+        assert words(await first) == ["deferred credential auth fallback"]
+        outcome = await probe
+        assert outcome is not None and words([outcome]) == ["deferred credential auth fallback"]
+        assert len(server.logins) == 1
 
 
 async def test_where_one_flight_is_enough_nobody_rides() -> None:

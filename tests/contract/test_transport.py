@@ -21,7 +21,7 @@ from tests.system.upstreams import all_sent, outgoing, pool_to, raw_server, secu
 pytestmark = pytest.mark.both_loops
 
 A, B, C = "a@example.org", "b@example.org", "c@example.org"
-QUICK = {"connect": "5s", "command": "150ms", "data": "150ms", "final": "150ms"}
+QUICK = {"connect": "30s", "command": "500ms", "data": "500ms", "final": "500ms"}
 USERS = {"acme": "secret"}
 
 
@@ -156,7 +156,8 @@ async def test_a_refusal_is_the_fate_of_all_and_the_next_message_goes_on(
         assert str(outcomes[0].reply) == reply.decode()
         assert all_sent(await way.send(outgoing(A, B, octets=b"second\r\n")))
         assert [t.content for t in way.server.accepted] == [b"second\r\n"]
-        assert len(way.server.connections) == (2 if reply.startswith((b"421", b"530")) else 1)  # what the login is worth is asked anew
+        # After 530 what the login is worth is asked anew; after 250 it may wait for content.
+        assert len(way.server.connections) == (2 if reply.startswith((b"421", b"530", b"250")) else 1)
 
 
 # -- misbehaving -----------------------------------------------------------------------------------------------------------
@@ -247,6 +248,21 @@ async def test_go_ahead_after_all_were_refused_sends_no_content(tls: Authority) 
         first = way.server.transactions[0]
         assert (first.content, first.complete) == (b"", False)
         assert len(way.server.connections) == 2
+
+
+@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize("pipelining", [True, False])
+async def test_an_upstream_that_says_yes_in_the_place_of_go_ahead_may_wait_for_content_and_gets_no_more_commands(
+    tls: Authority, pipelining: bool, refused: bool
+) -> None:  # fmt: skip
+    async with way_to(tls, pipelining=pipelining) as way:
+        if refused:
+            way.server.script("rcpt", b"550 5.1.1 nobody")
+        way.server.script("data", b"250 2.0.0 Ok")
+        await way.send(outgoing(A))
+        way.server.heal()
+        assert all_sent(await way.send(outgoing(B)))
+        assert len(way.server.connections) == (1 if refused and not pipelining else 2)
 
 
 async def test_lock_step_asks_for_no_content_when_nobody_was_taken(tls: Authority) -> None:

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.both_loops
 
 LOGIN = {"username": "acme", "password": "secret-of-acme"}
 USERS = {"acme": "secret-of-acme"}
-QUICK = {"connect": "150ms", "command": "150ms", "data": "150ms", "final": "150ms"}
+QUICK = {"connect": "600ms", "command": "600ms", "data": "600ms", "final": "600ms"}
 Security = Literal["none", "starttls", "tls"]
 
 
@@ -292,6 +292,9 @@ async def test_a_challenge_that_is_none_is_answered_with_nothing() -> None:
         b"535 5.7.8 wrong password: secret-of-acme",
         b"535 5.7.8 wrong password: c2VjcmV0LW9mLWFjbWU=",
         b"AUTH PLAIN AGFjbWUAc2VjcmV0LW9mLWFjbWU=",
+        b"501 5.5.2 bad argument: AGFjbWUAc2VjcmV0LW9m",
+        b"535 5.7.8 wrong password: secret-of-",
+        b"535-5.7.8 wrong line: agfjbwuac2vjcmv0\r\n535 5.7.8 LW9mLWFjbWU=",
     ],
 )
 async def test_an_upstream_that_repeats_the_secret_does_not_bring_it_into_the_log(echo: bytes, caplog: pytest.LogCaptureFixture) -> None:
@@ -300,7 +303,7 @@ async def test_an_upstream_that_repeats_the_secret_does_not_bring_it_into_the_lo
         server.script("auth", echo)
         outcome = await try_once(server, settings(server, **LOGIN))
         assert "(secret)" in outcome.reply.text
-        for told in ("secret-of-acme", "AGFjbWUAc2VjcmV0LW9mLWFjbWU", "c2VjcmV0LW9mLWFjbWU"):
+        for told in ("secret-of", "AGFjbWUA", "agfjbwua", "c2VjcmV0", "LW9mLWFj"):
             assert told not in str(outcome)
             assert told not in caplog.text
 

@@ -5,6 +5,7 @@ import json
 import os
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,26 @@ async def test_a_renewed_certificate_is_used(log: Log, tmp_path: Path, pair: Pai
         renew(pair, "three.example")
         await eventually(lambda: names(held) == ["three.example"])
     assert log.close() == ["listener local: its certificate has changed on disk, and the new one is in use"] * 2
+
+
+async def test_a_system_that_had_no_thread_for_a_moment_is_asked_again(log: Log, tmp_path: Path, pair: Pair) -> None:
+    class Starved(ThreadPoolExecutor):
+        left = 3
+
+        def submit(self, *arguments: Any, **options: Any) -> Any:
+            Starved.left -= 1
+            if Starved.left >= 0:
+                raise RuntimeError("can't start new thread")
+            return super().submit(*arguments, **options)
+
+    pair.write("one.example")
+    async with opened(log, tmp_path, certificate=pair.certificate, key=pair.key) as held:
+        asyncio.get_running_loop().set_default_executor(Starved(1))
+        await eventually(lambda: Starved.left < 0, "a look again")
+        pair.write("two.example")
+        await eventually(lambda: names(held) == ["two.example"])
+    notes = log.close()
+    assert len([note for note in notes if note.startswith("looking at the certificate of listener local")]) == 3
 
 
 async def test_a_certificate_that_has_not_changed_is_left_alone(log: Log, tmp_path: Path, pair: Pair) -> None:

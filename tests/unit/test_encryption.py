@@ -221,7 +221,7 @@ def test_a_key_file_that_others_can_read_is_a_warning(mode: int, warned: bool, f
     (file.parent / "relay.key").chmod(mode)
     content = ACME.format(text=ring(NEW).encrypt(VALUE)) + "secrets: {key_file: relay.key}\n"
     found = said(file, content)
-    assert found == ["4:21: secrets.key_file: warning: others can read relay.key, and with it every encrypted secret: chmod 600"] * warned
+    assert found == ["4:21: secrets.key_file: warning: others can read relay.key, and with it every encrypted secret: chmod o-r"] * warned
 
 
 @pytest.mark.parametrize("section", ["secrets: {key_file: [relay.key]}", "secrets: relay.key", "secrets: {keyfile: relay.key}", "secrets:"])

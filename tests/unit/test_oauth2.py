@@ -1,6 +1,7 @@
 """Access tokens: asked for once, early enough, anew when refused; and what is said and kept when a token server will not give one."""
 
 import asyncio
+import fcntl
 import json
 import os
 import stat
@@ -20,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from relay.clock import ManualClock
 from relay.config.encryption import Keys, new_key
 from relay.config.oauth import OAuth2, token_server
+from relay.config.secrets import Secret
 from relay.config.upstreams import Upstream
 from relay.mail.outcome import Failure, Outcome, Status
 from relay.upstream import oauth2 as oauth2_module
@@ -180,6 +182,21 @@ async def test_a_request_whose_askers_have_all_gone_is_not_lost(house: House, se
     await house.tokens.settled()
     assert (await house.tokens.get()).reveal() == server.given[0]
     assert len(server.asked) == 1
+
+
+async def test_who_comes_after_a_change_does_not_share_the_fate_of_what_was_asked_before_it(house: House, server: TokenServer) -> None:
+    go = asyncio.Event()
+    right = Upstream.model_validate(house.settings).oauth2
+    assert right is not None
+    house.tokens.use(right.model_copy(update={"client_secret": Secret("an-old-one-unseen")}))
+    server.script(Hold(go), times=1)
+    before = asyncio.ensure_future(house.tokens.get())
+    await eventually(lambda: len(server.asked) == 1, "the request with the old secret")
+    house.tokens.use(right)
+    after = asyncio.ensure_future(house.tokens.get())
+    go.set()
+    assert (await before).reveal() == (await after).reveal() == server.given[0]
+    assert [asked["client_secret"] for asked in server.asked] == ["an-old-one-unseen", "client-secret-unseen"]
 
 
 # -- what servers do wrong --------------------------------------------------------------------------------------------------
@@ -444,6 +461,32 @@ async def test_a_new_token_that_cannot_be_stored_is_loud_and_not_used_before_it_
     house.clock.advance(6)
     await house.tokens.get()
     assert [asked["refresh_token"] for asked in server.asked] == [FIRST, "refresh-token-unseen-1"]
+
+
+@pytest.mark.parametrize("key", [None, "configured"])
+def test_a_directory_that_is_exchanged_meanwhile_leads_root_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str | None
+) -> None:
+    """Whoever owns the spool may put a link in the place of its directory at any moment."""
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "spool/oauth"
+    elsewhere.mkdir()
+    if key:
+        (tmp_path / key).write_text(new_key())
+        (tmp_path / key).chmod(0o600)
+    store = TokenStore(tmp_path / "spool", Keys(tmp_path / key if key else None), note=lambda _: None)
+    lock = fcntl.flock
+
+    def exchange(*arguments: int) -> None:
+        lock(*arguments)
+        folder.rename(tmp_path / "spool/before")
+        folder.symlink_to(elsewhere)
+
+    monkeypatch.setattr("relay.upstream.token_store.fcntl.flock", exchange)
+    with store.slot("globex") as slot:
+        slot.prepare()
+        slot.save(Chain("a", "b", "c"))
+        assert slot.load() == Chain("a", "b", "c")
+    assert list(elsewhere.iterdir()) == []
 
 
 @pytest.mark.parametrize("trap", ["directory", "lock"])

@@ -230,6 +230,22 @@ WORDS = [
     (Phase.FINAL, "550 5.7.26 This mail is unauthenticated. The sender must authenticate with SPF or DKIM.", FAILED, UPSTREAM, "fallback"),
     (Phase.FINAL, "550 5.7.1 SPF fail: authentication required", FAILED, UPSTREAM, "fallback"),
     (Phase.FINAL, "451 4.7.1 DMARC: authentication required", DEFERRED, MESSAGE, ""),
+    # what repeats the message: links, subjects and other quotations are words of anybody's choice
+    (Phase.FINAL, '554 5.7.1 Spam: subject "Sending quota exceeded" is on our list', FAILED, MESSAGE, ""),
+    (Phase.FINAL, "554 5.7.1 Spam: 'Authentication required' is phishing", FAILED, MESSAGE, ""),
+    (Phase.FINAL, "554 5.7.1 Spam: ‘Relay access denied’ and “rate limit”", FAILED, MESSAGE, ""),
+    (Phase.FINAL, "550 5.7.1 Rejected. Subject: Your sending limit is reached", FAILED, MESSAGE, ""),
+    (Phase.FINAL, "451 4.7.1 Looks like spam (subject=too many messages)", DEFERRED, MESSAGE, ""),
+    (Phase.FINAL, "550 5.7.1 Blocked link https://bad.example/Rate%20limit/throttle?x=daily-limit", FAILED, MESSAGE, ""),
+    (Phase.FINAL, "550 5.7.1 Blocked link www.throttle.example", FAILED, MESSAGE, ""),
+    (Phase.FINAL, "554 5.7.1 Rejected (http://dkim.example/), see https://mx.example/why#sending-rate", FAILED, MESSAGE, ""),
+    # and what only looks like it
+    (Phase.FINAL, "554 User `arn:aws:iam::1:user/*' is not authorized to perform `ses:SendRawEmail' on `*'", FAILED, UPSTREAM, "fallback"),
+    (Phase.FINAL, "554 User 'arn:aws:iam::1:x' is not authorized to perform 'ses:SendRawEmail'", FAILED, UPSTREAM, "fallback"),
+    (Phase.FINAL, "550 You can't send: the account's daily limit isn't unlimited, it's used up", DEFERRED, UPSTREAM, "throttled"),
+    (Phase.FINAL, '550 "Daily limit" of "acme" is used up', DEFERRED, UPSTREAM, "throttled"),
+    (Phase.MAIL, "550 The account is subject to a daily limit", DEFERRED, UPSTREAM, "throttled"),
+    (Phase.RCPT, "554 Relay access denied, see https://mx.example/why", DEFERRED, CREDENTIAL, "fallback"),
     # Amazon, SendGrid, Zoho
     (Phase.FINAL, "454 Throttling failure: Maximum sending rate exceeded.", DEFERRED, UPSTREAM, "throttled"),
     (Phase.MAIL, "454 Throttling failure: Daily message quota exceeded.", DEFERRED, UPSTREAM, "throttled"),
@@ -317,9 +333,12 @@ def test_each_phrase_is_heard_in_any_case_and_decides() -> None:
 
 
 def test_each_row_decides_something() -> None:
-    events = [*Failure, *replies()]
-    deciding = {id(row_for(phase, event)) for phase in Phase for event in events}
-    assert [row for row in TABLE if id(row) not in deciding] == []
+    idle = {id(row) for row in TABLE}
+    for event in [*Failure, *replies()]:
+        idle -= {id(row_for(phase, event)) for phase in Phase}
+        if not idle:
+            break
+    assert [row for row in TABLE if id(row) in idle] == []
 
 
 def test_the_table_can_be_read_in_the_order_of_a_session() -> None:

@@ -395,15 +395,16 @@ async def test_closing_says_quit_everywhere_and_waits_for_the_answers(tls: Autho
 
 
 async def test_closing_does_not_wait_for_an_upstream_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from relay.upstream import session as session_module
+
     monkeypatch.setattr(pool_module, "_LEAVE_SECONDS", 0.05)
+    monkeypatch.setattr(session_module, "_QUIT_SECONDS", 60.0)
     async with ScriptedUpstream() as server:
         server.script("quit", Hang())
         pool = Pool({"acme": settings(server)}, hostname="relay.example.net", clock=ManualClock())
         assert all_sent(await pool.send("acme", outgoing()))
-        loop = asyncio.get_running_loop()
-        begun = loop.time()
-        await pool.close()
-        assert loop.time() - begun < 1
+        async with asyncio.timeout(30):
+            await pool.close()
 
 
 async def test_an_upstream_that_does_not_answer_quit_is_left_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,5 +450,5 @@ async def test_an_unreasonable_flood_on_an_idle_session_is_not_collected() -> No
 
     async with raw_server(serve) as upstream, pool_to(acme=upstream) as pool:
         assert words(await pool.send("acme", outgoing())) == ["failed message mail"]
-        await asyncio.wait_for(flooded.wait(), 5)
+        await asyncio.wait_for(flooded.wait(), 30)
         assert wire_module._REPLY_LIMIT_BYTES < 1_000_000

@@ -19,6 +19,7 @@ from relay.mail.outcome import Failure, Outcome, Phase, outcome_of_failure, outc
 from relay.mail.reply import Reply
 from relay.observe.metrics import Metrics
 from relay.spool.base import MessageId
+from relay.upstream.rides import Busy
 from tests.support.eventually import eventually
 from tests.unit.delivery import Log, config_of
 
@@ -191,6 +192,18 @@ async def test_a_fault_of_ours_is_told_and_the_next_turn_comes(tmp_path: Path) -
     assert house.log.events("fault")
 
 
+async def test_an_upstream_that_is_busy_with_mail_is_tried_at_its_next_turn(tmp_path: Path) -> None:
+    async with house_of(tmp_path, acme={"probe": "1h"}) as house:
+        house.pool.answers["acme"] = Busy()
+        await house.passes(4 * 3600)
+        assert 3 <= len(house.pool.probed) <= 5
+        assert house.log.text() == ""
+        assert house.breakers.admit("acme", MessageId("1")) is None
+        house.pool.answers.clear()
+        await house.passes(2 * 3600)
+        assert house.counted("acme", "ok") in (1.0, 2.0, 3.0)
+
+
 async def test_stopping_cuts_off_what_is_under_way(tmp_path: Path) -> None:
     async with house_of(tmp_path, acme={"probe": "10m"}) as house:
         house.pool.gate.clear()
@@ -198,7 +211,7 @@ async def test_stopping_cuts_off_what_is_under_way(tmp_path: Path) -> None:
         house.probes.look()
         await eventually(lambda: house.pool.at_once == 1, "a probe")
         house.probes.stop()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await house.probes.drained()
         house.probes.changed("acme")
         house.clock.advance(6000)

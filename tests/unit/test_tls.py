@@ -3,6 +3,7 @@
 import asyncio
 import ssl
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -251,7 +252,7 @@ async def test_files_on_a_file_system_that_hangs_hold_up_nobody_for_long(
 
     def stamp(trust: Any) -> Any:
         asked.append(1)
-        hanging.wait(10)
+        hanging.wait(60)
         return real(trust)
 
     monkeypatch.setattr(tls_module, "_stamp", stamp)
@@ -260,6 +261,7 @@ async def test_files_on_a_file_system_that_hangs_hold_up_nobody_for_long(
         assert await asyncio.gather(*(contexts.get(settings) for _ in range(3))) == [first] * 3
         clock.advance(LOOK_SECONDS)
         assert await contexts.get(settings) is first
+        await eventually(lambda: asked, "the thread to begin")
         assert len(asked) == 1, "one thread, not one for every connection"
         new = upstream(ca_file=str(tls.ca_file), verify=False, timeouts={"connect": "50ms"})
         with pytest.raises(Unusable, match=r"ca\.pem could not be read within 0\.05 s"):
@@ -268,6 +270,28 @@ async def test_files_on_a_file_system_that_hangs_hold_up_nobody_for_long(
         hanging.set()
     await eventually(lambda: not any(kept.looking for kept in contexts._kept.values()), "the threads to return")
     assert await contexts.get(new) is not None
+
+
+async def test_many_files_that_hang_take_no_thread_from_who_reads_content(
+    tls: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging, asked = threading.Event(), []
+    monkeypatch.setattr(tls_module, "_stamp", lambda trust: asked.append(trust) or hanging.wait(60))
+    contexts, loop = made(), asyncio.get_running_loop()
+    executor = ThreadPoolExecutor(4)
+    loop.set_default_executor(executor)
+    files = [tmp_path / f"{number}.pem" for number in range(8)]
+    for path in files:
+        path.write_bytes(tls.ca_file.read_bytes())
+    tries = [asyncio.ensure_future(contexts.get(upstream(ca_file=str(path)))) for path in files]
+    try:
+        await eventually(lambda: len(asked) >= 4, "threads that hang")
+        async with asyncio.timeout(30):
+            assert await asyncio.to_thread(tls.ca_file.exists)
+    finally:
+        hanging.set()
+        await asyncio.gather(*tries, return_exceptions=True)
+        executor.shutdown()
 
 
 @pytest.mark.both_loops

@@ -131,7 +131,7 @@ async def test_a_shorter_wait_after_a_longer_one_is_short() -> None:
     begun = loop.time()
     with pytest.raises(Broken):
         await wire.replies(1, timeout_seconds=0.02)
-    assert 0.01 < loop.time() - begun < 5
+    assert 0.01 < loop.time() - begun < 50
 
 
 async def test_a_longer_wait_after_a_shorter_one_is_long() -> None:
@@ -160,12 +160,12 @@ async def test_each_reply_of_a_flight_starts_the_clock_again_and_a_piece_of_one_
     for number in range(1, 6):
         loop.call_later(0.03 * number, wire.data_received, b"250 Ok\r\n")
     assert len(await wire.replies(5, timeout_seconds=0.06)) == 5
-    for number in range(1, 100):
+    for number in range(1, 400):
         loop.call_later(0.03 * number, wire.data_received, piece)
     begun = loop.time()
     with pytest.raises(Broken, match="no answer"):
         await wire.replies(1, timeout_seconds=0.06)
-    assert loop.time() - begun < 1.5
+    assert loop.time() - begun < 10
 
 
 @pytest.mark.parametrize("octets", [b"250 unasked\r\n", b"4", b"\r\n", b"\xff" * 10])
@@ -263,7 +263,7 @@ async def test_content_is_written_no_faster_than_it_is_taken() -> None:
 
 async def test_content_that_is_taken_slowly_but_steadily_is_not_late() -> None:
     wire, transport = connected(high_water=1000)
-    task = asyncio.ensure_future(wire.send(pieces(3, 2000), timeout_seconds=0.05))
+    task = asyncio.ensure_future(wire.send(pieces(3, 4000), timeout_seconds=0.4))
     while not task.done():
         transport.drain(150)
         await asyncio.wait([task], timeout=0.01)
@@ -345,7 +345,7 @@ async def test_quit_is_said_once_and_the_answer_closes() -> None:
 async def test_quit_without_an_answer_ends_after_its_time() -> None:
     wire, transport = connected()
     wire.quit(timeout_seconds=0.01)
-    await asyncio.wait_for(wire.ended, 5)
+    await asyncio.wait_for(wire.ended, 30)
     assert transport.state == "aborted"
 
 
