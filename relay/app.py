@@ -13,6 +13,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,12 +73,14 @@ class Relay:
         self._stop = asyncio.Event()
         self._reason = ""
         self._watch: Watch | None = None
+        self._read_all = False  # a reload came before there was a watch
 
     def reload(self, reason: str) -> None:
         """Read the secrets again: all of a reload that there is as yet."""
         self._journal.note("warning", f"{reason}: secrets are read again; the configuration file is not, restart to use a new one")
         if self._watch is not None:
             self._watch.read_all()
+        self._read_all = self._watch is None
 
     def stop(self, reason: str) -> None:
         """Drain and end `serve`."""
@@ -96,6 +99,8 @@ class Relay:
                     house.drops.open()
                     house.watch.open()
                     self._watch = house.watch
+                    if self._read_all:
+                        house.watch.read_all()
                     house.probes.open()
                     await self._stop.wait()
                 finally:
@@ -110,7 +115,8 @@ class Relay:
             await house.watch.close()
             await house.pool.close()
             await house.spool.close()
-            self._journal.stopped(reason=self._reason or "a service failed")
+            failed = "a service failed" if self._watch is not None else "it could not start"
+            self._journal.stopped(reason=self._reason or failed)
 
     async def _open(self, doors: list[Door], ready: Callable[[list[str]], None] | None) -> None:
         addresses = []
@@ -205,9 +211,14 @@ def _build(config: Config, journal: Journal) -> _House:
         )
         for listener in config.listeners
     ]  # fmt: skip
+
+    def knows(message_id: MessageId) -> bool:
+        with closing(SqliteView(directory, clock)) as view:
+            return view.knows(message_id)
+
     operator = Operator(spool, scheduler, journal, view=lambda: SqliteView(directory, clock))
     control = Control(config.control, operator, journal, alias=directory / CONTROL)
-    drops = Drops(directory, door_of(doors), journal)
+    drops = Drops(directory, door_of(doors), journal, knows=knows)
     watch = Watch([*pool.uses(), *credentials.uses()], note=journal.note, fault=journal.fault)
     return _House(spool, pool, scheduler, waits, credentials, doors, operator, control, drops, watch, probes)
 
@@ -275,4 +286,5 @@ async def _main(config: Config, journal: Journal) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, relay.stop, signal.Signals(number).name)
     loop.add_signal_handler(signal.SIGHUP, relay.reload, signal.SIGHUP.name)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # `relay serve` has kept those that came earlier
     await relay.serve(ready=lambda _: gc.freeze())  # as above: what ten thousand upstreams take

@@ -22,13 +22,15 @@ from relay.mail.reply import Reply
 from relay.mail.rewrite import envelope_sender, rewrite_header
 from relay.observe.journal import Journal
 from relay.routing import Router, complete, expand_alias, upstreams_of
-from relay.spool.base import Claim, Content, ContentWriter, Draft, Lane, Spool, SpoolError, SpoolFull
+from relay.spool.base import Claim, Content, ContentWriter, Draft, Lane, MessageId, Spool, SpoolError, SpoolFull
 from relay.spool.wait import Wait, Waits
 
 #: RFC 5321 section 6.3 asks for at least 100 hops; real paths have under 20, and a loop that is cut at 50 costs half as much.
 _HOPS_LIMIT = 50
 _OWN_HOPS_LIMIT = 5
 HEADER_LIMIT_BYTES = 1024 * 1024
+# Each line costs microseconds of everybody's time, at intake and at each attempt. A megabyte of lines of 52 octets has as many.
+_HEADER_LIMIT_LINES = 20_000
 
 # What a client calls itself goes into the trace field: only what cannot end a comment or a line there.
 _UNSAFE_NAME = re.compile(r"[^A-Za-z0-9.:\[\]_-]")
@@ -91,6 +93,7 @@ class Transaction:
     recipients: dict[str, tuple[Recipient, Route | None]] = field(default_factory=dict)
     wait: Wait | None = None
     gone: bool = False
+    id: MessageId | None = None  # where it was asked for before: the message has it, or the first of the parts
 
     def leave(self) -> None:
         """The client has closed its side: nobody may be there to hear a verdict."""
@@ -119,6 +122,10 @@ class Intake:
         self._waits = waits or Waits()
         self._holds = any(route.wait for route in config.routes)
 
+    def new_id(self) -> MessageId:
+        """The id of a message to come, for whoever must know it before custody."""
+        return self._spool.new_id()
+
     def spill(self) -> ContentWriter:
         """A file for content that outgrows memory. Raises SpoolError."""
         return self._spool.writer()
@@ -131,7 +138,9 @@ class Intake:
                 self._obstacle = ""
                 self._journal.note("info", "the spool takes mail again")
             return None
-        if not self._obstacle:
+        if size and self._spool.obstacle() is None:
+            self._journal.note("warning", f"a message of {size} octets is not taken: {obstacle}")
+        elif not self._obstacle:
             self._obstacle = str(obstacle)
             self._journal.note("error", f"no mail is taken: {obstacle}")
         return _NO_SPACE if isinstance(obstacle, SpoolFull) else _FAULT
@@ -195,7 +204,7 @@ class Intake:
 
     async def _decide(self, transaction: Transaction, content: Content, head: bytes) -> Reply:
         block = header.block_of(head)
-        if len(block) > HEADER_LIMIT_BYTES:
+        if len(block) > _HEADER_LIMIT_LINES and (len(block) > HEADER_LIMIT_BYTES or block.count(b"\n") > _HEADER_LIMIT_LINES):
             return _HEADER_TOO_LARGE
         found = header.scan(block)
         if found.received >= _OWN_HOPS_LIMIT and self._loops(found):
@@ -261,7 +270,7 @@ class Intake:
         prefix = b""
         for route, recipients in groups:
             assert route.upstream is not None, "a route that delivers has an upstream"
-            message_id = self._spool.new_id()
+            message_id = transaction.id if transaction.id is not None and not drafts else self._spool.new_id()
             prefix = prefix or self._prefix(transaction, message_id, found, now)
             rules = self._router.rewrite_for(route, route.upstream)
             if rules is not None and rules.bcc and rules.bcc not in placed:

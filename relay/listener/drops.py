@@ -3,58 +3,46 @@
 The folder stands for a door that was closed at the time. A drop is taken as if its owner had come to that door and had said what is in
 the file: the same rules, limits and replies, and `uid:N` as the client. Its form is described in `relay.sendmail.drop`.
 
-State: when to try again what could not be taken. Laws: a drop goes only after the spool has its message for every recipient; what is
-refused or is no drop is set aside and told, never removed. Nothing in a file is believed that its owner could not say to a listener.
+State: when to try again what could not be taken. Laws: a drop goes only after the spool has its message for every recipient, and no
+message is taken twice, whenever the relay may have been killed (`drop_files`); what is refused or is no drop is set aside and told, never
+removed. Nothing in a file is believed that its owner could not say to a listener.
 """
 
 import asyncio
 import os
-import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from relay.listener import drop_files
 from relay.listener.access import Peer
 from relay.listener.data import Gathering, Received, reply_to
 from relay.listener.dialogue import Dialogue
 from relay.listener.door import Door
+from relay.listener.drop_files import Drop, NoDrop
 from relay.mail.envelope import Origin
 from relay.mail.reply import Reply
 from relay.observe.journal import Journal
-from relay.sendmail.drop import END, MAGIC
+from relay.spool.base import MessageId
 
 FOLDER = "drop"
 ASIDE = "drop-refused"
 
-# Anybody may leave a file there and nobody remove another's, as in /tmp; a file's group is the relay's, so that the relay can read it.
-_FOLDER_MODE = 0o3777
-
 LOOK_SECONDS = 5.0
 _RETRY_SECONDS = (10.0, 300.0)  # the first time, and at most
 _AT_ONCE = 1000  # drops in one look, for anybody may leave as many as he likes
-_COMMANDS_LIMIT_BYTES = 1024 * 1024  # ten thousand recipients
 _SLICE_BYTES = 1024 * 1024
-_ABANDONED_SECONDS = 86_400.0  # a file that was never finished: its writer has died, and has not said that it was taken
 
-_DATA = b"\r\nDATA\r\n"
 _TOO_LONG = Reply(554, "5.6.0", "A line of the message is too long")
 
 
-class NoDrop(Exception):
-    """The file is not what relay-sendmail writes; the message says why."""
+class _Rest(NamedTuple):
+    """Those recipients of a drop who were refused for now ("later") or for good ("never"), `reply` the first."""
 
-
-class Drop(NamedTuple):
-    """One file: whose it is, the commands before DATA, and where its content begins and ends (without the final dot)."""
-
-    name: str
-    descriptor: int
-    uid: int
-    mail: bytes
+    word: str
     recipients: tuple[bytes, ...]
-    start: int
-    end: int
+    reply: Reply
 
 
 class _Left(NamedTuple):
@@ -80,12 +68,14 @@ def _is_open_to_all(door: Door) -> bool:
 class Drops:
     """The drop folder of the spool in `directory`, and the task that looks into it. Opened once, then stopped and drained."""
 
-    def __init__(self, directory: Path, door: Door | None, journal: Journal) -> None:
-        """`door`: None when there is none that the folder could stand for. Then nothing is taken."""
+    def __init__(self, directory: Path, door: Door | None, journal: Journal, *, knows: Callable[[MessageId], bool]) -> None:
+        """`door`: None when there is none that the folder could stand for. Then nothing is taken. `knows`: whether a message is in the
+        spool or was; it may block, and raise SpoolError."""
         self._folder = directory / FOLDER
         self._aside = directory / ASIDE
         self._door = door
         self._journal = journal
+        self._knows = knows
         self._left: dict[str, _Left] = {}
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -94,12 +84,12 @@ class Drops:
         """Make the folder and begin to look."""
         try:
             if self._door is None:
-                if waiting := len(_names(self._folder)):
+                if waiting := len(drop_files.names(self._folder)):
                     what = "no listener takes mail from this machine without a login"
                     self._journal.note("error", f"{waiting} files in {self._folder} are not taken: {what}")
                 return
             self._aside.mkdir(mode=0o700, exist_ok=True)
-            _make_folder(self._folder)
+            drop_files.make_folder(self._folder)
         except OSError as error:
             self._journal.note("error", f"the drop folder {self._folder} cannot be made: {error.strerror}")
             return
@@ -134,12 +124,13 @@ class Drops:
 
     async def _look(self, door: Door) -> None:
         """Take what has come, the oldest first, unless the spool takes nothing now."""
-        names = await asyncio.to_thread(_names, self._folder)
+        names = await asyncio.to_thread(drop_files.names, self._folder)
         if not names or door.intake.obstacle() is not None:
             return
-        self._left = {name: left for name, left in self._left.items() if name in names}
+        there = set(map(drop_files.bare, names))
+        self._left = {name: left for name, left in self._left.items() if name in there}
         now = time.monotonic()
-        due = sorted(name for name in names if name not in self._left or self._left[name].when <= now)
+        due = sorted(name for name in names if (left := self._left.get(drop_files.bare(name))) is None or left.when <= now)
         for name in due[:_AT_ONCE]:
             if self._stopping.is_set():
                 return
@@ -147,12 +138,14 @@ class Drops:
             try:
                 await self._pick_up(door, name, session)
             except Exception as error:  # law 9: it stays, and the others go on
-                self._journal.fault(f"taking drop {ascii(name)[1:-1]}", error, session=session)
+                self._journal.fault(f"taking drop {_shown(name)}", error, session=session)
                 self._postpone(name)
 
     async def _pick_up(self, door: Door, name: str, session: str) -> None:
+        if (message_id := drop_files.id_in(name)) is not None and await self._was_taken(name, message_id):
+            return
         try:
-            drop = await asyncio.to_thread(_open, self._folder / name)
+            drop = await asyncio.to_thread(drop_files.open_drop, self._folder / name)
         except NoDrop as error:
             await self._set_aside(name, session, str(error))
             return
@@ -173,25 +166,45 @@ class Drops:
             await self._not_taken(drop, session, reply)
             return
         replies = [_said(dialogue, recipient) for recipient in drop.recipients]
-        if any(reply.positive for reply in replies):
-            reply = await self._content(door, dialogue, drop)
-        else:
-            reply = next((reply for reply in replies if reply.code < 500), replies[-1])
+        if not any(reply.positive for reply in replies):
+            await self._not_taken(drop, session, next((reply for reply in replies if reply.code < 500), replies[-1]))
+            return
+        message_id = door.intake.new_id()
+        rests = _rests(drop, replies)
+        name = drop_files.named(drop.name, session)
+        places = [drop_files.rest_place(self._folder, name, message_id, word=rest.word) for rest in rests]
+        before, marked = self._folder / drop.name, self._folder / drop_files.marked(drop.name, message_id)
+        try:
+            # Before custody: where there is no room for them, nobody has got the message yet, and all of it is tried again.
+            for place, rest in zip(places, rests, strict=True):
+                await asyncio.to_thread(drop_files.write_rest, drop, place, rest.recipients)
+            await asyncio.to_thread(drop_files.move, before, marked)
+        except BaseException:
+            _remove_all(places)
+            raise
+        reply = await self._content(door, dialogue, drop, message_id)  # whatever happens, the name says what to ask the spool for
         if not reply.positive:
+            await asyncio.to_thread(_remove_all, places)
+            await asyncio.to_thread(os.rename, marked, before)
             await self._not_taken(drop, session, reply)
             return
-        pairs = list(zip(drop.recipients, replies, strict=True))
-        for folder, rest in (
-            (self._folder, [(recipient, reply) for recipient, reply in pairs if not reply.positive and reply.code < 500]),
-            (self._aside, [(recipient, reply) for recipient, reply in pairs if reply.code >= 500]),
-        ):
-            if rest:
-                path = folder / f"{drop.name}.{session}"
-                await asyncio.to_thread(_write_rest, drop, path, [recipient for recipient, _ in rest])
-                self._tell(drop.name, f"for {len(rest)} of its recipients left as {path}: {rest[0][1]}")
-        await asyncio.to_thread(_remove, self._folder / drop.name)
+        for target, rest in zip(await asyncio.to_thread(drop_files.move_rests, places, self._aside), rests, strict=True):
+            self._tell(drop.name, f"for {len(rest.recipients)} of its recipients left as {target}: {rest.reply}")
+        await asyncio.to_thread(drop_files.remove, marked)
 
-    async def _content(self, door: Door, dialogue: Dialogue, drop: Drop) -> Reply:
+    async def _was_taken(self, name: str, message_id: MessageId) -> bool:
+        """Whether the drop was in custody when it was last let go of. Then what was still to do is done, else undone."""
+        rests = await asyncio.to_thread(drop_files.rests_of, self._folder, message_id)
+        if not await asyncio.to_thread(self._knows, message_id):
+            await asyncio.to_thread(_remove_all, rests)
+            return False
+        for target in await asyncio.to_thread(drop_files.move_rests, rests, self._aside):
+            self._tell(name, f"for some of its recipients left as {target}")
+        await asyncio.to_thread(drop_files.remove, self._folder / name)
+        self._journal.note("info", f"drop {_shown(name)} was taken before, as {message_id}")
+        return True
+
+    async def _content(self, door: Door, dialogue: Dialogue, drop: Drop, message_id: MessageId) -> Reply:
         """The reply to the content, as intake has decided."""
         reply = _said(dialogue, b"DATA")
         if reply.code != 354:
@@ -199,6 +212,7 @@ class Drops:
         received = await _gathered(drop, Gathering(door.settings.message_size, door.intake.spill))
         transaction = dialogue.take_transaction()
         transaction.gone = True  # nobody waits for a verdict
+        transaction.id = message_id
         if isinstance(received, Reply):
             reply = received
         elif received.trouble is not None:
@@ -216,13 +230,14 @@ class Drops:
 
     def _postpone(self, name: str) -> None:
         first, most = _RETRY_SECONDS
+        name = drop_files.bare(name)
         pause = self._left[name].pause if name in self._left else first
         self._left[name] = _Left(time.monotonic() + pause, min(2 * pause, most))
 
     async def _set_aside(self, name: str, session: str, reason: str) -> None:
-        target = self._aside / f"{name}.{session}"
+        target = self._aside / drop_files.named(name, session)
         try:
-            await asyncio.to_thread(os.rename, self._folder / name, target)
+            await asyncio.to_thread(drop_files.move, self._folder / name, target)
         except OSError as error:
             self._postpone(name)
             self._tell(name, f"is not taken, and cannot be set aside ({error.strerror}): {reason}")
@@ -230,13 +245,33 @@ class Drops:
             self._tell(name, f"is not taken, and set aside as {target}: {reason}")
 
     def _tell(self, name: str, what: str) -> None:
-        self._journal.note("error", f"drop {ascii(name)[1:-1]} {what}")
+        self._journal.note("error", f"drop {_shown(name)} {what}")
+
+
+def _shown(name: str) -> str:
+    return ascii(drop_files.bare(name))[1:-1]
 
 
 def _said(dialogue: Dialogue, line: bytes) -> Reply:
     reply = dialogue.answer(line)
     assert isinstance(reply, Reply), "MAIL, RCPT and DATA are answered at once"
     return reply
+
+
+def _rests(drop: Drop, replies: Sequence[Reply]) -> list[_Rest]:
+    pairs = list(zip(drop.recipients, replies, strict=True))
+    later = [(recipient, reply) for recipient, reply in pairs if not reply.positive and reply.code < 500]
+    never = [(recipient, reply) for recipient, reply in pairs if reply.code >= 500]
+    return [
+        _Rest(word, tuple(recipient for recipient, _ in found), found[0][1])
+        for word, found in (("later", later), ("never", never))
+        if found
+    ]  # fmt: skip
+
+
+def _remove_all(places: Iterable[Path]) -> None:
+    for place in places:
+        drop_files.remove(place)
 
 
 async def _gathered(drop: Drop, gathering: Gathering) -> Received | Reply:
@@ -262,110 +297,3 @@ async def _gathered(drop: Drop, gathering: Gathering) -> Received | Reply:
 def _whole_lines(octets: bytes) -> tuple[bytes, bytes]:
     end = octets.rfind(b"\n") + 1
     return octets[:end], octets[end:]
-
-
-# -- files; all of it blocks -------------------------------------------------------------------------------------------------
-
-
-def _make_folder(path: Path) -> None:
-    """One that is there keeps its mode: the unit may have made it, or an operator who lets fewer users in."""
-    try:
-        path.mkdir(mode=0o700)
-    except FileExistsError:
-        return
-    path.chmod(_FOLDER_MODE)
-
-
-def _names(folder: Path) -> set[str]:
-    """The drops that are finished. Those that never will be are removed."""
-    names = set()
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if not entry.name.startswith("."):
-                    names.add(entry.name)
-                elif _is_abandoned(entry):
-                    _remove(Path(entry.path))
-    except FileNotFoundError:
-        pass
-    return names
-
-
-def _is_abandoned(entry: "os.DirEntry[str]") -> bool:
-    try:
-        found = entry.stat(follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return stat.S_ISREG(found.st_mode) and time.time() - found.st_mtime > _ABANDONED_SECONDS
-
-
-def _open(path: Path) -> Drop:
-    """Raises NoDrop, or FileNotFoundError when it is gone."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise NoDrop(f"it cannot be read: {error.strerror}") from None
-    try:
-        return _read(path.name, descriptor)
-    except OSError as error:
-        os.close(descriptor)
-        raise NoDrop(f"it cannot be read: {error.strerror}") from None
-    except BaseException:
-        os.close(descriptor)
-        raise
-
-
-def _read(name: str, descriptor: int) -> Drop:
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:  # a link would give another user's file our owner's name
-        raise NoDrop("it is not a file of its own")
-    head = os.pread(descriptor, _COMMANDS_LIMIT_BYTES, 0)
-    commands, data, _ = head.partition(_DATA)
-    first, *lines = commands.split(b"\r\n")
-    if first != MAGIC or not data:
-        raise NoDrop("it does not begin like a drop")
-    start = len(commands) + len(_DATA)
-    if os.pread(descriptor, len(END), max(0, found.st_size - len(END))) != END:
-        raise NoDrop("its end is missing")
-    uid = found.st_uid
-    if lines and lines[0].startswith(b"UID ") and uid == os.geteuid():  # written by us, on somebody's behalf
-        uid = _number(lines.pop(0)[4:])
-    if len(lines) < 2 or not lines[0].startswith(b"MAIL FROM:") or not all(line.startswith(b"RCPT TO:") for line in lines[1:]):
-        raise NoDrop("its commands are not MAIL, RCPT and DATA")
-    return Drop(name, descriptor, uid, lines[0], tuple(lines[1:]), start, max(start, found.st_size - len(b".\r\n")))
-
-
-def _number(text: bytes) -> int:
-    if not text.isdigit():
-        raise NoDrop("it does not say whose it is")
-    return int(text)
-
-
-def _write_rest(drop: Drop, path: Path, recipients: list[bytes]) -> None:
-    """Leave the drop for some of its recipients at `path`, durably."""
-    place = path.with_name(f".{path.name}")
-    commands = b"\r\n".join([MAGIC, b"UID %d" % drop.uid, drop.mail, *recipients, b"DATA", b""])
-    with open(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-        file.write(commands)
-        at = drop.start
-        while octets := os.pread(drop.descriptor, _SLICE_BYTES, at):
-            file.write(octets)
-            at += len(octets)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(place, path)
-    _sync(path.parent)
-
-
-def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

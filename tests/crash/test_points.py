@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from relay.sendmail.drop import write
+from relay.sendmail.message import Letter
 from tests.crash.load import config
 from tests.crash.points import POINTS, launch
 from tests.crash.test_kill import count_in, left_in, seeded
@@ -85,3 +87,22 @@ async def test_every_recipient_is_accounted_for_when_the_relay_dies_as(tmp_path:
     print(
         f"{point}: {len(promised)} acknowledged of {len(sender.recipients)}, {len(taken)} taken, {len(bounced)} bounced, {len(twice)} twice"
     )
+
+
+@pytest.mark.parametrize("point", ["a batch with new mail is about to be committed", "a batch with new mail is committed"])
+async def test_what_waits_in_the_drop_folder_is_taken_once_when_the_relay_dies_as(
+    tmp_path: Path, eventually: Callable[..., Any], point: str
+) -> None:
+    async with ScriptedUpstream() as upstream:
+        text = config(tmp_path, upstream.port, connections=5)
+        dying = RelayProcess(text, directory=tmp_path, launch=launch(point, 1))
+        await dying.start()
+        (folder,) = tmp_path.rglob("drop")
+        write(str(folder), Letter("app@acme.example", [TAKEN], b"X-Id: dropped\r\n\r\nhello\r\n"))
+        assert await dying.exited() == -9, "it was killed, and at this point"
+        assert len(list(folder.iterdir())) == 1
+        async with RelayProcess(text, directory=tmp_path) as relay:
+            await eventually(lambda: list(folder.iterdir()) == [] and count_in(tmp_path, "message") == 0, "nothing left", within=30)
+            assert await relay.terminate() == 0
+        taken, bounced = fates(upstream)
+    assert (taken, bounced) == ({("dropped", TAKEN): 1}, set())

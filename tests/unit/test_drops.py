@@ -1,6 +1,7 @@
 """The drop folder: what relay-sendmail left is taken whole, once for each recipient, and nothing of it is ever lost."""
 
 import asyncio
+import errno
 import os
 import stat
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from relay.listener import drops
+from relay.listener import drop_files, drops
 from relay.listener.drops import ASIDE, FOLDER, Drops, door_of
 from relay.mail.envelope import Recipient
 from relay.sendmail.drop import write
@@ -23,6 +24,10 @@ from tests.support.front import Front
 CONTENT = b"From: app@acme.example\r\nSubject: hi\r\n\r\nhello\r\n.\r\n..two\r\n"
 _SAID = drops._said
 GOOD = b"relay-drop 1\r\nMAIL FROM:<app@acme.example>\r\nRCPT TO:<you@example.org>\r\nDATA\r\nSubject: hi\r\n\r\nhello\r\n.\r\n"
+NOT_THERE = [
+    {"name": "no", "sender": "acme.example", "recipient": "no.example", "reject": "not there"},
+    {"name": "acme", "sender": "acme.example", "upstream": "acme"},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +43,14 @@ class Yard:
         self.front = front
         self.folder = front.directory / FOLDER
         self.aside = front.directory / ASIDE
-        self.drops = Drops(front.directory, door_of([front.door]), front.door.journal)
+        self.drops = self.restarted()
+
+    def restarted(self) -> Drops:
+        """As the next process has them."""
+        return Drops(self.front.directory, door_of([self.front.door]), self.front.door.journal, knows=self.knows)
+
+    def knows(self, message_id: str) -> bool:
+        return message_id in [message.id for message in self.front.taken]
 
     def leave(self, *recipients: str, sender: str = "app@acme.example", content: bytes = CONTENT, **wishes: Any) -> str:
         return write(str(self.folder), Letter(sender, list(recipients or ["you@example.org"]), content, **wishes))
@@ -173,11 +185,7 @@ async def test_files_that_are_no_files_of_their_own_are_not_followed(tmp_path: P
 
 
 async def test_a_refused_recipient_keeps_nobody_else_waiting_and_is_not_forgotten(tmp_path: Path) -> None:
-    routes = [
-        {"name": "no", "sender": "acme.example", "recipient": "no.example", "reject": "not there"},
-        {"name": "acme", "sender": "acme.example", "upstream": "acme"},
-    ]
-    async with yard(tmp_path, config={"routes": routes}) as found:
+    async with yard(tmp_path, config={"routes": NOT_THERE}) as found:
         found.leave("you@example.org", "a@no.example", "b@no.example", "her@example.org", notify="NEVER")
         await found.empty()
         (path,) = found.aside.iterdir()
@@ -190,6 +198,48 @@ async def test_a_refused_recipient_keeps_nobody_else_waiting_and_is_not_forgotte
     )
     (note,) = found.notes()
     assert "for 2 of its recipients" in note and "550 5.7.1 not there" in note
+
+
+async def test_nobody_gets_a_second_copy_because_of_those_who_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[str] = []
+    real = drop_files.write_rest
+
+    def full(*arguments: Any) -> None:
+        tries.append("full")
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(drop_files, "write_rest", full)
+    async with yard(tmp_path, config={"routes": NOT_THERE}) as found:
+        name = found.leave("you@example.org", "a@no.example")
+        await eventually(lambda: len(tries) > 2, "a few tries")
+        assert os.listdir(found.folder) == [name] and found.front.taken == []
+        monkeypatch.setattr(drop_files, "write_rest", real)
+        await found.empty()
+        assert len(list(found.aside.iterdir())) == 1
+    assert [message.recipients for message in found.front.taken] == [("you@example.org",)]
+
+
+@pytest.mark.parametrize("name", ["0001-drop", "x" * 250, "ä" * 120])
+async def test_what_is_refused_is_set_aside_whatever_its_name_and_though_somebody_took_the_folder_away(tmp_path: Path, name: str) -> None:
+    mixed = GOOD.replace(b"DATA\r\n", b"RCPT TO:<a@no.example>\r\nDATA\r\n")
+    async with yard(tmp_path, config={"routes": NOT_THERE}) as found:
+        found.aside.rmdir()
+        found.lay(mixed, name)
+        await found.empty()
+        found.lay(b"nonsense", name)
+        await found.empty()
+        assert len(list(found.aside.iterdir())) == 2
+    assert [message.recipients for message in found.front.taken] == [("you@example.org",)]
+    assert found.front.events("fault") == []
+
+
+async def test_a_message_that_is_refused_leaves_nothing_of_the_rest(tmp_path: Path) -> None:
+    async with yard(tmp_path, config={"routes": NOT_THERE}, listener={"message_size": 1000}) as found:
+        found.leave("you@example.org", "a@no.example", content=b"x\r\n" * 1000)
+        await found.empty()
+        (path,) = found.aside.iterdir()
+        assert path.read_bytes().count(b"RCPT TO:") == 2
+    assert found.front.taken == []
 
 
 async def test_more_recipients_than_a_message_may_have_are_taken_one_after_the_other(tmp_path: Path) -> None:
@@ -222,13 +272,84 @@ async def test_what_the_spool_cannot_take_now_stays_until_it_can(tmp_path: Path,
         name = found.leave(content=content)
         looks.clear()
         await eventually(lambda: len(looks) > 10)
-        assert os.listdir(found.folder) == [name]
+        assert [drop_files.bare(each) for each in os.listdir(found.folder)] == [name]
         monkeypatch.setattr(drops, "_said", _SAID)
         spool.ill = spool.put_error = spool.open_error = None
         await found.empty()
     assert [message.content for message in found.front.taken] == [content]
     assert list(found.aside.iterdir()) == []
     assert bool(found.front.events("fault")) is (fault in ("put", "unexpected"))
+
+
+class Killed(BaseException):
+    """What nobody catches: as if the process ended here."""
+
+
+async def run_until_killed(found: Yard, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """Let the drops of one process take what is there, and end it: before the spool has it, or after that and before the file is gone."""
+
+    def die(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        if moment == "before custody":
+            patch.setattr(found.front.door.intake, "accept", die)
+        else:
+            patch.setattr(drop_files, "move_rests" if moment == "after custody" else "remove", die)
+        found.drops.open()
+        assert found.drops._task is not None
+        with pytest.raises(Killed):
+            await found.drops._task
+    found.drops._task = None
+    found.drops = found.restarted()
+
+
+@pytest.mark.parametrize("moment", ["before custody", "after custody", "before it is removed"])
+@pytest.mark.parametrize("days", [0, 3])
+async def test_a_relay_that_is_killed_takes_a_drop_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, days: int) -> None:
+    async with Front(tmp_path, {"routes": NOT_THERE}, listener={"recipients": 2}) as front:
+        found = Yard(front)
+        found.folder.mkdir()
+        found.leave("you@example.org", "a@no.example", "her@example.org", "b@no.example", "him@example.org")
+        await run_until_killed(found, monkeypatch, moment)
+        for path in found.folder.iterdir():
+            os.utime(path, (time.time() - days * 86_400, time.time() - days * 86_400))
+        found.drops.open()
+        await found.empty()
+        found.drops.stop()
+        await found.drops.drained()
+        assert [message.recipients for message in front.taken] == [("you@example.org", "her@example.org"), ("him@example.org",)]
+        (path,) = found.aside.iterdir()
+        assert path.read_bytes().count(b"RCPT TO:") == 2 and b"<a@no" in path.read_bytes() and b"<b@no" in path.read_bytes()
+        assert len([note for note in found.notes() if "drop-refused" in note]) == 1
+
+
+async def test_a_file_that_cannot_be_removed_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[Path] = []
+    real = drop_files.remove
+
+    def broken(path: Path) -> None:
+        if not path.name.startswith("."):
+            tries.append(path)
+            raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(drop_files, "remove", broken)
+    async with yard(tmp_path) as found:
+        found.leave()
+        await eventually(lambda: len(tries) > 3, "a few tries")
+        monkeypatch.setattr(drop_files, "remove", real)
+        await found.empty()
+    assert len(found.front.taken) == 1
+    assert "was taken before" in found.notes()[-1]
+
+
+async def test_what_only_looks_as_if_it_had_been_taken_is_taken(tmp_path: Path) -> None:
+    async with yard(tmp_path) as found:
+        found.lay(GOOD, "0001-laid~0123456789ABC")
+        found.lay(GOOD, "0002-laid~")
+        (found.folder / ".x.0123456789ABC.later").write_bytes(GOOD)
+        await eventually(lambda: len(found.front.taken) == 2)
+        await eventually(lambda: os.listdir(found.folder) == [], "the rest of an attempt that came to nothing to go, too")
 
 
 async def test_unfinished_files_are_left_alone_for_a_day(tmp_path: Path) -> None:

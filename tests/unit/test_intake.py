@@ -503,6 +503,14 @@ async def test_an_ill_spool_is_an_obstacle_before_the_content(front_of: FrontOf)
     assert str(front.intake.obstacle()) == "452 4.3.1 Insufficient storage, try again later"
 
 
+async def test_a_message_too_large_for_the_room_that_is_left_is_told_alone(front_of: FrontOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    front = front_of()
+    monkeypatch.setattr(front.spool, "obstacle", lambda size=0: SpoolFull("140 MB free") if size > 1000 else None)
+    assert str(front.intake.obstacle(2000)) == "452 4.3.1 Insufficient storage, try again later"
+    assert front.intake.obstacle(500) is None
+    assert [event["what"] for event in front.events("note")] == ["a message of 2000 octets is not taken: 140 MB free"]
+
+
 async def test_the_log_has_one_line_for_what_was_taken(front_of: FrontOf) -> None:
     front = front_of()
     await accept(front, begin(front, "app@acme.example", "a@x.example", "b@x.example"))
@@ -543,7 +551,7 @@ async def verdict(front: Front, said: Reply, *recipients: str) -> Reply:
     claims = front.dispatch.started
     wait = front.waits.of(claims[0].id)
     assert wait is not None
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         if said.positive:
             for claim in claims:
                 wait.sent(claim.id, said)
@@ -609,7 +617,7 @@ async def test_what_was_not_taken_is_not_waited_for(front_of: FrontOf, error: Ba
     front = front_of(routes=HELD)
     front.spool.put_error = error  # type: ignore[assignment]
     accepting = asyncio.ensure_future(accept(front, begin(front, "app@acme.example", "you@x.example")))
-    await asyncio.wait([accepting], timeout=5)
+    await asyncio.wait([accepting], timeout=20)
     assert accepting.done() and (accepting.cancelled() or accepting.exception() or accepting.result().code in (451, 452))
     assert front.waits._waits == {}
 
@@ -635,27 +643,27 @@ async def test_who_has_left_is_not_waited_for(front_of: FrontOf, when: str) -> N
     if when == "during":
         await eventually(lambda: front.taken, "the message to be in custody")
         transaction.leave()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         assert str(await accepting) == f"250 2.0.0 Ok: queued as {front.taken[0].id}"
 
 
 async def test_a_null_sender_with_a_recipient_that_is_lost_is_not_told_that_all_was_sent(front_of: FrontOf) -> None:
     front = front_of(routes=[{**SPLIT[0], "wait": "60s"}])
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         assert (await accept(front, begin(front, "", "a@x.example", "b@acme.example"))).text.startswith("Ok: queued as ")
 
 
 async def test_a_bug_in_delivery_holds_nobody(front_of: FrontOf) -> None:
     front = front_of(routes=HELD)
     front.dispatch.start_error = RuntimeError("a bug in delivery")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         assert (await accept(front, begin(front, "app@acme.example", "you@x.example"))).text.startswith("Ok: queued as ")
 
 
 async def test_an_upstream_that_asks_for_patience_holds_nobody(front_of: FrontOf) -> None:
     front = front_of(routes=HELD)
     front.dispatch.pausing, front.dispatch.slots = {"acme"}, 0
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         assert (await accept(front, begin(front, "app@acme.example", "you@x.example"))).text.startswith("Ok: queued as ")
 
 
