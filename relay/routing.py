@@ -135,10 +135,6 @@ class Router:
                 return ""
         return refusal
 
-    def could_match_sender(self, sender: str, origin: Origin) -> bool:
-        """Whether any route may still take mail from this sender, before recipients and header are known."""
-        return not self.sender_refusal(sender, origin)
-
     def rewrite_for(self, route: Route, upstream: str) -> Rewrite | None:
         """What `route` changes at `upstream`, or None: its own rules, with those of the fallback laid over them key by key."""
         key = (route.name, upstream)

@@ -7,6 +7,7 @@ Exit codes: 0 ok, 1 the test failed, 64 usage, 75 try again, 78 configuration er
 """
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -15,10 +16,11 @@ from importlib import import_module
 from typing import NoReturn
 
 from relay import __version__
-from relay.cli.options import add_config, add_unavailable
+from relay.cli.options import EX_TEMPFAIL, EX_USAGE, add_config, add_unavailable, fail
 
-EX_USAGE = 64
 _EX_INTERRUPTED = 130  # 128 and the number of SIGINT, as a shell says it
+
+_OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 _COMMANDS = ("serve", "check", "explain", "test", "demo", "queue", "log", "trace", "schema", "sendmail", "hash-password", "secret", "oauth")
 _WITH_FILE = ("serve", "check", "explain", "test")  # those that read the spool add `-c` with their filters
@@ -27,12 +29,15 @@ _NOT_YET = ("status", "pause", "resume", "reload", "dkim", "import")
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if message.startswith("argument COMMAND: invalid choice: "):  # what argparse lists then has what is not built, too
+            message = f"there is no command {message.split()[4]}; `{self.prog} --help` lists them"
         self.print_usage(sys.stderr)
         self.exit(EX_USAGE, f"{self.prog}: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and answer its exit code."""
+    _open_what_is_closed()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["sendmail"] and "--help" not in arguments:  # its grammar is not argparse's, nor may it load that much
         from relay.sendmail import main as sendmail
@@ -55,9 +60,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = options.run(options)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of a listing has gone; nothing may be written to it at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of a listing has gone
+        _write_no_more()
         return 0
+    except OSError as error:
+        if error.errno not in _OUTPUT_ERRORS or error.filename is not None:
+            raise
+        _write_no_more()
+        return fail(f"relay {options.command}: the output cannot be written: {error.strerror}", EX_TEMPFAIL)
     except KeyboardInterrupt:
         return _EX_INTERRUPTED
     return code
+
+
+def _open_what_is_closed() -> None:
+    """Standard input and output that were closed lead nowhere: else the next file that is opened would be written to as if it were one."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
+def _write_no_more() -> None:
+    """Nothing may be written at exit either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,7 +7,7 @@ import argparse
 import os
 from typing import Any
 
-_CONFIGURATION_ERROR = 78  # EX_CONFIG of sysexits.h; the unit does not restart on it
+from relay.cli.options import EX_CONFIG, EX_FAILED
 
 
 def add_parser(subparsers: Any) -> None:
@@ -21,6 +21,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from relay.cli.table import counted
     from relay.config.findings import ConfigError
     from relay.config.load import examine, find_config
 
@@ -28,20 +29,16 @@ def run(options: argparse.Namespace) -> int:
         path = find_config(options.config, os.environ)
     except ConfigError as error:
         print(error)
-        return _CONFIGURATION_ERROR
+        return EX_CONFIG
     config, findings = examine(path, os.environ, thorough=True)
     for finding in findings:
         print(finding)
     errors = sum(finding.severity == "error" for finding in findings)
     warnings = len(findings) - errors
-    counts = [_counted(number, word) for number, word in ((errors, "error"), (warnings, "warning")) if number]
+    counts = [counted(number, word) for number, word in ((errors, "error"), (warnings, "warning")) if number]
     if config is None:
         print(f"{path}: {', '.join(counts)}")
-        return _CONFIGURATION_ERROR
-    built = f"{_counted(len(config.upstreams), 'upstream')}, {_counted(len(config.routes), 'route')}"
+        return EX_CONFIG
+    built = f"{counted(len(config.upstreams), 'upstream')}, {counted(len(config.routes), 'route')}"
     print(f"{path}: {built}: {', '.join(['ok', *counts])}")
-    return 1 if warnings and options.strict else 0
-
-
-def _counted(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"
+    return EX_FAILED if warnings and options.strict else 0

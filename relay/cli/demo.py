@@ -6,10 +6,10 @@ nothing is left on it. `--once` ends after the three messages: exit code 0 if ea
 """
 
 import argparse
-import sys
 from typing import Any
 
-_EX_FAILED, _EX_TEMPFAIL = 1, 75
+from relay.cli.options import EX_FAILED, EX_TEMPFAIL, fail
+
 _PORT = 2525
 
 
@@ -34,10 +34,9 @@ def run(options: argparse.Namespace) -> int:
     from relay.cli.demo_play import CannotPlay, play
 
     try:
-        return _EX_FAILED if not asyncio.run(play(port=options.port, once=options.once)) else 0
+        return EX_FAILED if not asyncio.run(play(port=options.port, once=options.once)) else 0
     except CannotPlay as error:
-        print(f"relay demo: {error}", file=sys.stderr)
-        return _EX_TEMPFAIL
+        return fail(f"relay demo: {error}", EX_TEMPFAIL)
 
 
 def _port(text: str) -> int:

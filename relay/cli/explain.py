@@ -2,7 +2,7 @@
 
 Sends nothing and needs no running relay; it asks the same router and the same rewriting as the relay itself. With `--outcomes` it
 prints the table of fates instead: what each reply or failure of an upstream leads to; with `--upstream` too, what replies of that
-upstream's provider mean is told first. Exit code 1: no route takes the message.
+upstream's provider mean is told first. Exit code 1: the message would be refused.
 """
 
 import argparse
@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from relay.cli.options import EX_CONFIG, EX_FAILED, EX_USAGE, fail
+
 if TYPE_CHECKING:
     from relay.config.model import Config, Route
     from relay.config.upstreams import Upstream
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from relay.mail.outcome import Phase, Row
     from relay.routing import Router, Verdict
 
-_USAGE, _CONFIG_ERROR = 64, 78
 _SHOWN_VERDICTS = 20  # for a person; --json has them all
 _HEADER_LIMIT_OCTETS = 1024 * 1024  # what intake takes of a header block
 
@@ -48,9 +49,9 @@ def run(options: argparse.Namespace) -> int:
     if options.outcomes:
         return _show_outcomes(options)
     if options.upstream is not None:
-        return _fail("--upstream goes with --outcomes", _USAGE)
+        return fail("--upstream goes with --outcomes", EX_USAGE)
     if options.sender is None or options.recipient is None:
-        return _fail("--from and --to are needed", _USAGE)
+        return fail("--from and --to are needed", EX_USAGE)
     from relay.config.findings import ConfigError
     from relay.config.load import find_config, load
     from relay.mail.address import AddressError
@@ -59,19 +60,24 @@ def run(options: argparse.Namespace) -> int:
     try:
         config = load(find_config(options.config, os.environ))
     except ConfigError as error:
-        return _fail("\n".join(map(str, error.findings)), _CONFIG_ERROR)
+        return fail("\n".join(map(str, error.findings)), EX_CONFIG)
     if options.user is not None and options.user not in config.users:
-        return _fail(f"no such user: {options.user}", _USAGE)
+        return fail(f"no such user: {options.user}", EX_USAGE)
     try:
         content = _read_message(options.message) if options.message else None
         router = Router(config)
         answers = [_answer(config, router, facts, content) for facts in _facts(config, options, content)]
     except AddressError as error:
-        return _fail(f"not an address: {error}", _USAGE)
+        return fail(f"not an address: {error}", EX_USAGE)
     except OSError as error:
-        return _fail(f"cannot read {options.message}: {error.strerror}", _USAGE)
+        return fail(f"cannot read {options.message}: {error.strerror}", EX_USAGE)
     print(_as_json(answers) if options.json else "\n\n".join(_as_text(answer) for answer in answers))
-    return 0 if all(answer["route"] and not answer.keys() & {"reject", "not_the_users"} for answer in answers) else 1
+    return 0 if all(map(_is_taken, answers)) else EX_FAILED
+
+
+def _is_taken(answer: dict[str, Any]) -> bool:
+    """Whether the relay would say 250."""
+    return bool(answer["route"]) and not answer.keys() & {"reject", "not_the_users"} and not answer["upstreams"][0]["objection"]
 
 
 def _facts(config: "Config", options: argparse.Namespace, content: bytes | None) -> "list[Facts]":
@@ -217,7 +223,8 @@ def _as_text(answer: dict[str, Any]) -> str:
         lines.append(f"    credential       {upstream['credential'] or 'none'}")
         lines.append(f"    envelope sender  {upstream['sender'] or '<>'}")
         lines += [f"    extra recipient  {upstream['bcc']}"] if upstream["bcc"] else []
-        lines += [f"    NOT PERMITTED    {upstream['objection']}"] if upstream["objection"] else []
+        fate = "held" if place else "refused with 550 5.7.1"
+        lines += [f"    NOT PERMITTED    {upstream['objection']}: {fate}"] if upstream["objection"] else []
         lines += [f"    {line}" for line in upstream["header"]] or ["    header           unchanged"]
     others = [verdict for verdict in answer["considered"] if not verdict["matched"]]
     lines += ["  routes before it that did not match:" if answer["route"] else "  routes that did not match:"] if others else []
@@ -240,9 +247,9 @@ def _show_outcomes(options: argparse.Namespace) -> int:
     try:
         provider, own = _own_rows(options) if options.upstream is not None else ("", ())
     except ConfigError as error:
-        return _fail("\n".join(map(str, error.findings)), _CONFIG_ERROR)
+        return fail("\n".join(map(str, error.findings)), EX_CONFIG)
     except LookupError:
-        return _fail(f"no such upstream or provider: {options.upstream}", _USAGE)
+        return fail(f"no such upstream or provider: {options.upstream}", EX_USAGE)
     tables = [(provider, list(rows_by_phase(own)))] if own else []
     tables.append(("", list(rows_by_phase())))
     names = ("phase", "event", "status", "scope", "then", "why")
@@ -299,8 +306,3 @@ def _columns(phase: "Phase", row: "Row") -> tuple[str, ...]:
 
 def _row(line: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join([*(text.ljust(width) for text, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
-
-
-def _fail(text: str, code: int) -> int:
-    print(text, file=sys.stderr)
-    return code

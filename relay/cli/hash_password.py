@@ -7,7 +7,7 @@ import argparse
 import sys
 from typing import Any
 
-_USAGE = 64
+from relay.cli.options import EX_USAGE, fail
 
 
 def add_parser(subparsers: Any) -> None:
@@ -51,5 +51,4 @@ def _read() -> str:
 
 
 def _fail(text: str) -> int:
-    print(f"relay hash-password: {text}", file=sys.stderr)
-    return _USAGE
+    return fail(f"relay hash-password: {text}", EX_USAGE)

@@ -7,15 +7,14 @@ what concerns this upstream: the operator's shell need not have the secrets of t
 import argparse
 import os
 import secrets
-import sys
 from typing import TYPE_CHECKING, Any
+
+from relay.cli.options import EX_CONFIG, EX_FAILED, EX_TEMPFAIL, EX_USAGE, add_config, fail
 
 if TYPE_CHECKING:
     from relay.config.model import Config
     from relay.config.oauth import OAuth2, TokenServer
     from relay.config.upstreams import Upstream
-
-_FAILED, _USAGE, _TEMPFAIL, _CONFIG = 1, 64, 75, 78
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,8 +29,6 @@ def add_parser(subparsers: Any) -> None:
         "--no-browser", action="store_true", help="start none: print a code to type in on any device, or an address to open there"
     )
     login.add_argument("--port", type=_port, default=0, help="where the browser comes back to; default: any that is free")
-    from relay.cli.options import add_config
-
     add_config(login)
     login.set_defaults(run=run)
 
@@ -46,16 +43,16 @@ def run(options: argparse.Namespace) -> int:
         path = find_config(options.config, os.environ)
         config = _config(path, options.upstream)
     except ConfigError as error:
-        return _fail(str(error), _CONFIG)
+        return fail(str(error), EX_CONFIG)
     except LookupError as error:
-        return _fail(f"relay oauth login: {error.args[0]}", _USAGE)
+        return fail(f"relay oauth login: {error.args[0]}", EX_USAGE)
     upstream = config.upstreams[options.upstream]
     oauth2 = upstream.oauth2
     if oauth2 is None:
-        return _fail(f"relay oauth login: upstream {options.upstream} has no `oauth2`, so there is nothing to sign in for", _USAGE)
+        return fail(f"relay oauth login: upstream {options.upstream} has no `oauth2`, so there is nothing to sign in for", EX_USAGE)
     if oauth2.grant != "refresh_token":
         what = "is signed in for by its key" if oauth2.grant == "service_account" else "asks for tokens as the client itself"
-        return _fail(f"relay oauth login: upstream {options.upstream} {what}: nobody needs to sign in", _USAGE)
+        return fail(f"relay oauth login: upstream {options.upstream} {what}: nobody needs to sign in", EX_USAGE)
     return _sign_in(config, options, upstream, oauth2, token_server(oauth2, upstream.provider))
 
 
@@ -101,7 +98,7 @@ def _sign_in(
     device = server.device_url is not None and not options.browser
     if not device and server.authorize_url is None:
         wanted = "authorize_url" if options.browser else "device_url or authorize_url"
-        return _fail(f"relay oauth login: it is not known where to sign in: add {wanted} to `oauth2`", _CONFIG)
+        return fail(f"relay oauth login: it is not known where to sign in: add {wanted} to `oauth2`", EX_CONFIG)
     store = TokenStore(config.spool.directory, keys_at(config.secrets.key_file, os.environ), note=print)
     name = options.upstream
     try:
@@ -117,11 +114,11 @@ def _sign_in(
             configured = oauth2.refresh_token.reveal() if oauth2.refresh_token else ""
             slot.save(Chain(token, configured, client_of(oauth2, server), signed=secrets.token_hex(8)))
     except (StoreError, OSError) as error:
-        return _fail(f"relay oauth login: the refresh token cannot be stored: {error}", _TEMPFAIL)
+        return fail(f"relay oauth login: the refresh token cannot be stored: {error}", EX_TEMPFAIL)
     except TokenError as error:
         from relay.mail.outcome import Failure
 
-        return _fail(f"relay oauth login: {error}", _FAILED if error.failure is Failure.REFUSED else _TEMPFAIL)
+        return fail(f"relay oauth login: {error}", EX_FAILED if error.failure is Failure.REFUSED else EX_TEMPFAIL)
     print(f"Signed in. The refresh token is stored, encrypted, in {store.path(name)}.")
     print(f"A relay that runs goes on with it within a quarter of a minute. To try it: relay test {name}")
     return 0
@@ -146,8 +143,3 @@ def _port(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 0 < int(text) < 65536:
         raise argparse.ArgumentTypeError(f"{text!r} is no port")
     return int(text)
-
-
-def _fail(text: str, code: int) -> int:
-    print(text, file=sys.stderr)
-    return code

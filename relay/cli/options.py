@@ -1,11 +1,18 @@
-"""What several commands have in common: where the configuration is, and the word for a command that is not built."""
+"""What several commands have in common: exit codes, where the configuration is, and the word for a command that is not built."""
 
 import argparse
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
-_EX_USAGE = 64
+# As the contract has them; the last three are those of sysexits.h.
+EX_FAILED, EX_USAGE, EX_TEMPFAIL, EX_CONFIG = 1, 64, 75, 78
+
+
+def fail(text: str, code: int) -> int:
+    """Say what is wrong, and return the exit code."""
+    print(text, file=sys.stderr)
+    return code
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +29,12 @@ def add_unavailable(subparsers: Any, names: Iterable[str]) -> None:
         parser.set_defaults(run=_say_so, unavailable=parser.prog)
 
 
+class Unavailable(argparse.Action):
+    """An option that the help does not list and that only says that it is not available yet."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
+        parser.error(f"{self.option_strings[0]}: not available yet")
+
+
 def _say_so(options: argparse.Namespace) -> int:
-    print(f"{options.unavailable}: not available yet", file=sys.stderr)
-    return _EX_USAGE
+    return fail(f"{options.unavailable}: not available yet", EX_USAGE)

@@ -4,10 +4,12 @@ Reads the spool itself, whether a relay runs or not. `active` means that an atte
 """
 
 import argparse
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from relay.cli import queue_show, queue_verbs
+from relay.cli.options import EX_TEMPFAIL
 from relay.cli.selection import STATES, add_filters, selection, with_view
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ def _list(view: "SqliteView", options: argparse.Namespace) -> int:
     if options.json:
         for queued in view.queued(wanted):
             print(as_json(queue_show.fields(queued)))
-        return 0
+        return _whole(view)
     messages = recipients = octets = 0
 
     def rows() -> Any:
@@ -57,9 +59,17 @@ def _list(view: "SqliteView", options: argparse.Namespace) -> int:
         print(line)
     if messages:
         print(f"{counted(messages, 'message')}, {counted(recipients, 'recipient')}, {size(octets)}")
-    else:
+    elif not view.gaps:
         print("queue is empty" if wanted == EVERYTHING else "nothing in the queue is like that")
-    return 0
+    return _whole(view)
+
+
+def _whole(view: "SqliteView") -> int:
+    """The exit code of a listing, and a word on what is missing from it."""
+    if not view.gaps:
+        return 0
+    print("relay queue: the spool is damaged: some of what is waiting cannot be read and is not listed", file=sys.stderr)
+    return EX_TEMPFAIL
 
 
 def _row(queued: "Queued", now: float) -> tuple[str, ...]:

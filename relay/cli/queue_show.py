@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from math import inf
 from typing import TYPE_CHECKING, Any
 
+from relay.cli.options import EX_FAILED, fail
 from relay.cli.selection import add_places, message_id, with_view
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ def _show(view: "SqliteView", options: argparse.Namespace) -> int:
     if details is not None and (options.headers or options.content):
         content = view.content(options.id)
     if queued is None or details is None or (content is None and (options.headers or options.content)):
-        print(f"relay queue: {options.id} is not in the queue; `relay trace {options.id}` says what became of it", file=sys.stderr)
-        return 1
+        return fail(f"relay queue: {options.id} is not in the queue; `relay trace {options.id}` says what became of it", EX_FAILED)
     if content is not None:
         _write(details.prefix, _slices(content), headers_only=options.headers)
     elif options.json:

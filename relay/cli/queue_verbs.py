@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from relay.cli.options import EX_FAILED, EX_TEMPFAIL, EX_USAGE, fail
 from relay.cli.selection import STATES, add_filters, with_places
 
 if TYPE_CHECKING:
     from relay.config.machine import Places
 
-_USAGE, _TEMPFAIL = 64, 75
 #: Each verb with what came of a message, and what the verb is for.
 _VERBS = (
     ("retry", "due now", "have waiting mail tried now"),
@@ -46,8 +46,7 @@ def run(options: argparse.Namespace) -> int:
     conditions = {name: value for name in _CONDITIONS if (value := getattr(options, name)) not in (None, [])}
     if bool(conditions) is options.all:
         words = "--all goes without ids and filters" if options.all else "name messages by their ids or by filters, or say --all"
-        print(f"relay queue {options.verb}: {words}", file=sys.stderr)
-        return _USAGE
+        return fail(f"relay queue {options.verb}: {words}", EX_USAGE)
     return with_places(options, lambda places: _order(places, conditions, options))
 
 
@@ -56,12 +55,10 @@ def _order(places: "Places", conditions: dict[str, Any], options: argparse.Names
 
     try:
         if options.verb in _FINAL and not options.yes and sys.stdin.isatty() and not _confirmed(places.control, conditions, options.verb):
-            print("nothing was done", file=sys.stderr)
-            return 1
+            return fail("nothing was done", EX_FAILED)
         return _carry_out(places.control, conditions, options)
     except ControlError as error:
-        print(f"relay queue {options.verb}: {error}", file=sys.stderr)
-        return _TEMPFAIL
+        return fail(f"relay queue {options.verb}: {error}", EX_TEMPFAIL)
 
 
 def _confirmed(control: Path, conditions: dict[str, Any], verb: str) -> bool:
@@ -95,7 +92,7 @@ def _carry_out(control: Path, conditions: dict[str, Any], options: argparse.Name
         rest = f", {len(skipped)} left alone" if skipped else ""
         nothing = "queue is empty" if options.all else "nothing in the queue is like that"
         print(f"{counted(changed, 'message')} {options.done}{rest}" if changed or skipped else nothing)
-    return 1 if skipped & set(options.ids) else 0
+    return EX_FAILED if skipped & set(options.ids) else 0
 
 
 def _results(answer: dict[str, Any], done: str) -> Iterator[tuple[str, str, str]]:

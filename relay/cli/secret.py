@@ -12,14 +12,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relay.cli.options import add_config
+from relay.cli.options import EX_CONFIG, EX_FAILED, EX_USAGE, add_config, fail
 
 if TYPE_CHECKING:
     from relay.config.encryption import Keyring
-
-_FAILED = 1
-_USAGE = 64
-_CONFIGURATION_ERROR = 78
 
 #: What `encrypt` made, in any text: a Fernet token begins with its version, 0x80, and four octets of time that are zero till 2106.
 _ENCRYPTED = re.compile(r"[0-9a-f]{8}\.gAAAA[A-Za-z0-9_-]+={0,2}")
@@ -79,8 +75,7 @@ def _encrypt(options: argparse.Namespace) -> int:
     from relay.config.secrets import SecretError
 
     if options.files and not options.rotate:  # whatever it is, it is not repeated
-        print("relay secret encrypt: a secret is no argument, others could see it: type it when asked, or pipe it in", file=sys.stderr)
-        return _USAGE
+        return fail("relay secret encrypt: a secret is no argument, others could see it: type it when asked, or pipe it in", EX_USAGE)
     try:
         ring = _ring(options)
         if not options.rotate:
@@ -91,8 +86,7 @@ def _encrypt(options: argparse.Namespace) -> int:
         else:
             sys.stdout.write(_renewed(_read_whole(), ring, "standard input"))
     except ConfigError as error:
-        print(error, file=sys.stderr)
-        return _CONFIGURATION_ERROR
+        return fail(str(error), EX_CONFIG)
     except (_Failure, SecretError) as error:
         return _fail(str(error))
     return 0
@@ -214,5 +208,4 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _fail(text: str) -> int:
-    print(f"relay secret: {text}", file=sys.stderr)
-    return _FAILED
+    return fail(f"relay secret: {text}", EX_FAILED)

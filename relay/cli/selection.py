@@ -7,13 +7,12 @@ leaves a link to it there.
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from relay.cli.options import add_config
+from relay.cli.options import EX_CONFIG, EX_TEMPFAIL, add_config, fail
 
 if TYPE_CHECKING:
     from relay.config.machine import Places
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from relay.spool.sqlite_view import SqliteView
 
 _T = TypeVar("_T")
-
-_EX_TEMPFAIL, _EX_CONFIG = 75, 78
 
 # What `spool.sqlite_view` knows; written here again because importing it costs more than the rest of `relay --help`.
 STATES = ("due", "active", "deferred", "held")
@@ -76,8 +73,7 @@ def with_places(options: argparse.Namespace, work: "Callable[[Places], int]") ->
     try:
         found = places(find_config(options.config, os.environ))
     except ConfigError as error:
-        print(error, file=sys.stderr)
-        return _EX_CONFIG
+        return fail(str(error), EX_CONFIG)
     return work(found)
 
 
@@ -92,8 +88,7 @@ def with_view(options: argparse.Namespace, work: "Callable[[SqliteView], int]") 
             with closing(SqliteView(found.spool, SystemClock())) as view:
                 return work(view)
         except SpoolError as error:
-            print(f"relay {options.command}: {error}", file=sys.stderr)
-            return _EX_TEMPFAIL
+            return fail(f"relay {options.command}: {error}", EX_TEMPFAIL)
 
     return with_places(options, read)
 

@@ -6,10 +6,13 @@ the log. Exit code 75: the port is taken or another relay holds the spool.
 
 import argparse
 import os
+import signal
 import sys
 from typing import Any
 
-_EX_CONFIG = 78
+from relay.cli.options import EX_CONFIG, Unavailable
+
+_NOT_YET = ("--upstream", "--listen", "--networks")  # a relay without a file
 
 
 def add_parser(subparsers: Any) -> None:
@@ -17,11 +20,22 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "serve", help="run the relay in the foreground", description="Run in the foreground until SIGTERM or Ctrl-C, which drain it."
     )
+    for name in _NOT_YET:
+        parser.add_argument(name, nargs="?", action=Unavailable, help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Serve, and return the exit code."""
+    # A SIGHUP waits until the loop can answer it: by itself it would end the process, and to systemd that is no failure.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        return _serve(options)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve(options: argparse.Namespace) -> int:
     from relay.config.findings import ConfigError
     from relay.config.load import examine, find_config
 
@@ -31,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
         config, findings = None, list(error.findings)
     if config is None:
         print("\n".join(map(str, findings)), file=sys.stderr)
-        return _EX_CONFIG
+        return EX_CONFIG
     from relay import app
 
     return app.run(config, warnings=[str(finding) for finding in findings])

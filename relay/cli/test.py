@@ -9,13 +9,14 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from relay.cli.options import EX_CONFIG, EX_FAILED, EX_TEMPFAIL, EX_USAGE, fail
+
 if TYPE_CHECKING:
     from relay.config.model import Config
     from relay.config.upstreams import Upstream
     from relay.upstream.diagnose import Report, Step, Trouble
     from relay.upstream.transaction import Outgoing
 
-_FAILED, _USAGE, _TEMPFAIL, _CONFIG = 1, 64, 75, 78
 _CLEAR = "\r\x1b[K"
 
 
@@ -37,16 +38,16 @@ def run(options: argparse.Namespace) -> int:
     try:
         config = load(find_config(options.config, os.environ))
     except ConfigError as error:
-        return _fail("\n".join(map(str, error.findings)), _CONFIG)
+        return fail("\n".join(map(str, error.findings)), EX_CONFIG)
     if options.upstream not in config.upstreams:
         meant = Suggestions().meant(options.upstream, config.upstreams)
-        return _fail(f"relay test: no such upstream: {options.upstream}{meant}", _USAGE)
+        return fail(f"relay test: no such upstream: {options.upstream}{meant}", EX_USAGE)
     if options.sender is not None and options.to is None:
-        return _fail("relay test: --from needs --to: without a mail there is no sender", _USAGE)
+        return fail("relay test: --from needs --to: without a mail there is no sender", EX_USAGE)
     try:
         message = _message(config, options)
     except ValueError as error:
-        return _fail(f"relay test: {error}", _USAGE)
+        return fail(f"relay test: {error}", EX_USAGE)
     return _try(config, options, message)
 
 
@@ -71,8 +72,8 @@ def _try(config: "Config", options: argparse.Namespace, message: "Outgoing | Non
     else:
         print("\n".join(_conclusion(name, upstream, report, sent_to=options.to, unrecorded=unrecorded)))
     if not report.ok:
-        return _FAILED
-    return _fail(f"relay test: {unrecorded}", _TEMPFAIL) if unrecorded and needed else 0
+        return EX_FAILED
+    return fail(f"relay test: {unrecorded}", EX_TEMPFAIL) if unrecorded and needed else 0
 
 
 def _record(config: "Config", name: str) -> str:
@@ -250,8 +251,3 @@ def _trouble(trouble: "Trouble") -> dict[str, Any]:
         "fix": diagnosis.fix,
         "help": diagnosis.help,
     }
-
-
-def _fail(text: str, code: int) -> int:
-    print(text, file=sys.stderr)
-    return code

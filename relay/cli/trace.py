@@ -4,11 +4,11 @@ Reads the spool itself, whether a relay runs or not. Exit code 1: nothing is kno
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from relay.cli.options import EX_FAILED, fail
 from relay.cli.selection import add_places, message_id, with_view
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ def run(options: argparse.Namespace) -> int:
 def _tell(view: "SqliteView", options: argparse.Namespace) -> int:
     story = _story(view, options.id)
     if not story.known:
-        print(f"relay trace: nothing is known of {options.id}: it is not queued, nor in the delivery log", file=sys.stderr)
-        return 1
+        return fail(f"relay trace: nothing is known of {options.id}: it is not queued, nor in the delivery log", EX_FAILED)
     reports = [_story(view, report) for report in story.reports]
     if options.json:
         from relay.cli.table import as_json

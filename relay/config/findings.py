@@ -17,6 +17,20 @@ BROKEN: Final = object()
 _SECRET_KEYS: Final = {"password", "password_hash", "client_secret", "refresh_token", "service_account", "token"}
 _SUGGESTIONS: Final = 20  # comparing a name with thousands of others is slow; after so many the cause is one and the same
 
+#: Words of other programs and providers for what is called otherwise here; the first that is known is meant.
+_CALLED: Final = {
+    "gmail": ("google",), "googlemail": ("google",), "workspace": ("google",), "gsuite": ("google",),
+    "office365": ("microsoft365",), "o365": ("microsoft365",), "outlook": ("microsoft365",), "exchange": ("microsoft365",),
+    "aws": ("ses",), "amazon": ("ses",),
+    "ssl": ("tls", "security"), "smtps": ("tls",), "implicit": ("tls",), "tls": ("security",), "starttls": ("security",),
+    "encryption": ("security",), "clear": ("none",), "plaintext": ("none",), "warn": ("warning",),
+    "from": ("sender",), "mail_from": ("sender",), "to": ("recipient",), "rcpt_to": ("recipient",), "domain": ("sender",),
+    "network": ("client", "networks"), "networks": ("client",), "mynetworks": ("networks",), "allow": ("networks",),
+    "server": ("host",), "smarthost": ("host",), "relayhost": ("host",), "address": ("host", "bind"), "hostname": ("host",),
+    "listen": ("bind", "listeners"), "port": ("bind",), "login": ("username",), "user": ("username",), "pass": ("password",),
+    "secret": ("password",), "cert": ("certificate",), "path": ("directory",), "dir": ("directory",), "action": ("upstream",),
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -65,7 +79,8 @@ class Suggestions:
             return ""
         self._left -= 1
         by_folded = {word.lower(): word for word in known}
-        close = difflib.get_close_matches(name.lower(), by_folded, n=1, cutoff=0.6)
+        close = [word for word in _CALLED.get(name.lower(), ()) if word in by_folded]
+        close = close or difflib.get_close_matches(name.lower(), by_folded, n=1, cutoff=0.6)
         return f", did you mean {by_folded[close[0]]!r}?" if close else ""
 
 

@@ -14,17 +14,21 @@ from typing import Final
 
 from relay.config.findings import Problem
 from relay.config.listeners import Listener
-from relay.config.model import Config, Route
+from relay.config.model import Config, Route, effective_rewrite
 from relay.config.providers import PROVIDERS
 from relay.config.quantities import Rate
+from relay.config.secrets import Secret
 from relay.config.upstreams import Upstream
 from relay.config.values import Network, Uid
 from relay.mail.address import domain_of, local_of
+from relay.mail.permission import may_send
 
 _COMBINATIONS: Final = 2000  # a route with more of them than this is not looked at
 _NAMES: Final = 5
 _PROBE_SECONDS: Final = 60.0
-_EXPOSED: Final = "a secret in a file that others can read: chmod 600, or use {env: …}, {file: …} or {credential: …}"
+_SMALLEST_SIZE_OCTETS: Final = 65536  # RFC 5321 section 4.5.3.1.7
+_EXPOSED: Final = "a secret in a file that others can read: chmod o-r, or use {env: …}, {file: …} or {credential: …}"
+_BLANK_ENDS: Final = "begins or ends with a blank, which is taken for a part of it"
 _Case = tuple[str, str, str, str, Network | Uid | None]  # sender, recipient, user and listener ("": any), client
 
 
@@ -34,6 +38,8 @@ def unguarded(config: Config, *, exposed: bool) -> Iterator[Problem]:
         for key, message in _unguarded(upstream, exposed=exposed):
             yield Problem(("upstreams", name, key), message, "warning")
     for name, user in config.users.items():
+        if user.password is not None and _has_blank_ends(user.password):
+            yield Problem(("users", name, "password"), _BLANK_ENDS, "warning")
         if exposed and user.password is not None and user.password.is_plain:
             yield Problem(("users", name, "password"), f"{_EXPOSED}, or a password_hash", "warning")
     for place, listener in enumerate(config.listeners):
@@ -51,6 +57,9 @@ def improbable(config: Config) -> Iterator[Problem]:
     yield from _too_often(config)
     yield from _never_reached(config)
     yield from _open_senders(config)
+    yield from _not_allowed(config)
+    yield from _too_small(config)
+    yield from _ports(config)
     yield from _unreachable(config.routes)
     yield from _too_late(config)
 
@@ -86,12 +95,19 @@ def _addresses(host: str) -> tuple[IPv4Address | IPv6Address, ...]:
 
 def _unguarded(upstream: Upstream, *, exposed: bool) -> Iterator[tuple[str, str]]:
     local = all(_is_loopback(host) for host in upstream.host)
+    if upstream.password is not None and _has_blank_ends(upstream.password):
+        yield "password", _BLANK_ENDS
     if exposed and upstream.password is not None and upstream.password.is_plain:
         yield "password", _EXPOSED
     if upstream.security == "none" and upstream.password is not None and upstream.auth != "none" and not local:
         yield "security", "the password goes over the network in clear text"
     if not upstream.verify and upstream.security != "none" and not local:
         yield "verify", "the certificate is not checked: whoever is on the way can read the password and the mail"
+
+
+def _has_blank_ends(secret: Secret) -> bool:
+    """Whether blanks that nobody sees came with it from elsewhere: in the file itself they would have been quoted."""
+    return not secret.is_plain and secret.reveal() != secret.reveal().strip()
 
 
 def _is_loopback(host: str) -> bool:
@@ -145,6 +161,63 @@ def _open_senders(config: Config) -> Iterator[Problem]:
     names = ", ".join(without[:_NAMES]) + (f" and {len(without) - _NAMES} more" if len(without) > _NAMES else "")
     message = f"several tenants, and no `senders` at {names}: a wrong route sends one tenant's mail with another's credential"
     yield Problem(("upstreams",), message, "warning", at="key")
+
+
+def _not_allowed(config: Config) -> Iterator[Problem]:
+    """Routes to upstreams that may not send what comes or what is made of it: the mail is refused, or held when it falls back."""
+    for place, route in enumerate(config.routes):
+        for below, name in enumerate((route.upstream, *(item.upstream for item in route.fallback)), -1):
+            if name is None or not (senders := config.upstreams[name].senders):
+                continue
+            own = () if below < 0 else ("fallback", below)
+            over = route.fallback[below].rewrite if below >= 0 else None
+            rules = effective_rewrite(route, name)
+            given = {"from": rules.from_ and rules.from_.address, "envelope_sender": rules.envelope_sender}
+            then = "mail that falls back to it is held" if own else "such mail is refused with 550"
+            for key, address in given.items():
+                if address and not may_send(senders, address):
+                    theirs = over is not None and key.replace("from", "from_") in over.model_fields_set
+                    path = ("routes", place, *(own if theirs else ()), "rewrite", key)
+                    yield Problem(path, f"{address} is not one of the `senders` of {name}: {then}", "warning")
+            sender = next((item for item in route.sender if not _may_come_from(item, senders)), None)
+            if sender is not None and not all(given.values()):
+                advice = "add it there, or rewrite `from` and `envelope_sender`"
+                message = f"{sender} is not one of the `senders` of {name}: {then}; {advice}"
+                yield Problem(("routes", place, *own, "upstream"), message, "warning")
+
+
+def _may_come_from(condition: str, senders: tuple[str, ...]) -> bool:
+    """Whether some mail that meets this condition on the sender is allowed: what is for everybody may be meant for them alone."""
+    if condition in ("*", "<>"):
+        return True
+    if "@" in condition:
+        return may_send(senders, condition)
+    domains = (sender.rpartition("@")[2] for sender in senders)
+    return any(domain.endswith(condition[1:]) if condition.startswith("*.") else domain == condition for domain in domains)
+
+
+def _ports(config: Config) -> Iterator[Problem]:
+    """Ports on which the other side of the connection waits for something else (RFC 8314 section 3)."""
+    found: list[tuple[str, str | int, Upstream | Listener]] = [("upstreams", name, one) for name, one in config.upstreams.items()]
+    found += (("listeners", place, one) for place, one in enumerate(config.listeners))
+    for section, name, one in found:
+        path, port, security = (section, name), one.port, one.security
+        if port == 465 and security != "tls":
+            yield Problem((*path, "security"), "on port 465 TLS begins at once: write security: tls, or another port", "warning")
+        elif port in (25, 587) and security == "tls":
+            message = f"on port {port} a session begins in clear: write security: starttls, or port 465"
+            yield Problem((*path, "security"), message, "warning")
+
+
+def _too_small(config: Config) -> Iterator[Problem]:
+    """Sizes that were to have a unit."""
+    for place, listener in enumerate(config.listeners):
+        if listener.message_size < _SMALLEST_SIZE_OCTETS:
+            message = f"{listener.message_size} bytes, and every server takes 64 KiB at least: write 50MB for megabytes"
+            yield Problem(("listeners", place, "message_size"), message, "warning")
+        elif config.spool.max_size is not None and config.spool.max_size < listener.message_size:
+            message = f"less than the `message_size` of listener {listener.name}: such a message is never taken"
+            yield Problem(("spool", "max_size"), message, "warning")
 
 
 def _never_reached(config: Config) -> Iterator[Problem]:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from relay.config import certificates, consistency, encryption, lint, machine, oauth, syntax, wording
 from relay.config.findings import BROKEN, ConfigError, Finding, KeyPath, Problem, Severity, dotted, holds_secret
 from relay.config.model import Config, keys_of
-from relay.config.scalars import NOT_SURELY_TEXT, resolve_scalar, surprise
+from relay.config.scalars import NOT_SURELY_TEXT, SECRET_FORMS, resolve_scalar, surprise, variable
 
 __all__ = ["ConfigError", "Finding", "examine", "find_config", "keys", "load", "partly", "places"]
 
@@ -29,7 +29,7 @@ _FILE_LIMIT_OCTETS: Final = 64 * 2**20  # a hundred thousand routes need a third
 _DEPTH_LIMIT: Final = 24  # the deepest key of the contract is at 8
 _REPAIRS: Final = 20
 _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_LINE_BREAK = re.compile("\r\n|[\r\n\x85\u2028\u2029]")  # what the parser counts as the end of a line
+_NO_COLON: Final = "a colon with a blank behind it is missing here; or quote the value before, if the comma belongs to that"
 _CUT = re.compile(r"[ \t]+#")
 
 
@@ -132,6 +132,7 @@ def _examine(path: str | Path, environ: Mapping[str, str], *, thorough: bool) ->
             problems += wording.problems(error, document.value)
         if config is not None:
             problems += lint.improbable(config) if not problems else ()  # a mistyped name alone would give two more
+            problems += [Problem(path, "is empty: write null if that is meant", "warning") for path in document.empty]
             problems += lint.unguarded(config, exposed=readable)
             problems += lint.circular(config)
             problems += encryption.problems(keys, named=config.secrets.key_file is not None)
@@ -148,7 +149,7 @@ class _Unreadable(Exception):
 
 
 def _read(path: Path) -> tuple[str, bool]:
-    """The text of the file, and whether others than its owner may read it."""
+    """The text of the file, and whether everybody may read it."""
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -169,12 +170,12 @@ def _read(path: Path) -> tuple[str, bool]:
         line, column = _place(text[: unfit.start()])
         what = f"control character U+{ord(unfit[0]):04X}: the file must be plain text"
         raise _Unreadable(what, line=line + 1, column=column + 1)
-    return text, bool(mode & 0o044)
+    return text, bool(mode & 0o004)  # not the group: that is how a service reads a file that root owns
 
 
 def _place(before: str) -> syntax.Mark:
     """Line and column, from 0, behind `before`."""
-    lines = _LINE_BREAK.split(before)
+    lines = syntax.LINE_BREAK.split(before)
     return len(lines) - 1, len(lines[-1])
 
 
@@ -187,6 +188,7 @@ class _Document:
     values: dict[KeyPath, Any] = field(default_factory=dict)  # the parser's own marks
     keys: dict[KeyPath, Any] = field(default_factory=dict)
     broken: set[KeyPath] = field(default_factory=set)
+    empty: list[KeyPath] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     complete: bool = False
 
@@ -216,13 +218,13 @@ def _parse(file: str, text: str) -> _Document:
         try:
             reader.read()
         except yaml.MarkedYAMLError as error:
-            lines = _LINE_BREAK.split(text)
+            lines = syntax.LINE_BREAK.split(text)
             place, context = _mark(error.problem_mark), _mark(error.context_mark)
             place = min(place or context or (0, 0), (len(lines) - 1, len(lines[-1])))  # the end may be said to be a line below
             fault = syntax.explain(lines, str(error.problem), place=place, context=context)
             if fault.length and len(repaired) < _REPAIRS and fault.place not in repaired:
                 repaired[fault.place] = fault.message
-                text = _blanked(text, fault)
+                text = syntax.blanked(text, fault)
                 continue
             line, column = min(fault.place, (len(lines) - 1, len(lines[-1])))  # nor may what is missing be
             finding = Finding(file, line + 1, column + 1, "", fault.message)
@@ -238,16 +240,6 @@ def _parse(file: str, text: str) -> _Document:
 
 def _mark(mark: Any) -> syntax.Mark | None:
     return (mark.line, mark.column) if mark else None
-
-
-def _blanked(text: str, fault: syntax.Fault) -> str:
-    """The text with an empty string in the place of the value that could not be read."""
-    start = 0
-    for _ in range(fault.place[0]):
-        found = _LINE_BREAK.search(text, start)
-        start = found.end() if found else len(text)
-    start += fault.place[1]
-    return text[:start] + "''".ljust(fault.length) + text[start + fault.length :]
 
 
 class _TooDeep(Exception):
@@ -346,7 +338,11 @@ class _Reader:
                 self._value(self._next(), below)
                 continue
             keys[below] = event.start_mark
-            event = self._next()
+            word, event = event, self._next()
+            ends: Any = (word.end_mark, event.start_mark)
+            if isinstance(event, yaml.ScalarEvent) and not event.value and ends[0].index == ends[1].index:
+                self._complain(path, word, _NO_COLON)  # which does not repeat it: it may be the rest of a secret
+                continue
             if isinstance(event, yaml.ScalarEvent) and event.anchor is None and event.tag is None and len(below) <= _DEPTH_LIMIT:
                 values.setdefault(below, event.start_mark)  # as `_value` would, for what most values are
                 mapping[key] = self._scalar(event, below)
@@ -380,9 +376,14 @@ class _Reader:
             self._refuse(path, event, message)
             return BROKEN
         text: str = event.value
+        if "$" in text and event.style != "'" and path[-1:] != ("env",) and (odd := variable(text, secret=holds_secret(path))):
+            self._complain(path, event, odd, severity="warning")
         if event.style:
             return text
-        doubtful = not text or text[0] in NOT_SURELY_TEXT
+        if text.startswith(SECRET_FORMS) and holds_secret(path[-1:]):
+            self._refuse(path, event, "a blank is missing behind the colon; or quote it if it is the secret itself")
+            return BROKEN
+        doubtful = not text or text[0] in NOT_SURELY_TEXT or not text.isascii()
         if doubtful and (odd := surprise(text)):
             self._refuse(path, event, odd)
             return BROKEN
@@ -392,4 +393,6 @@ class _Reader:
                 return BROKEN
             message = "YAML ends this secret before ' #': quote it if that belongs to it"
             self._complain(path, event, message, severity="warning")
+        if not text:
+            self.document.empty.append(path)
         return resolve_scalar(text) if doubtful else text

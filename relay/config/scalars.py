@@ -5,6 +5,7 @@ numbers are numbers; every other word that a YAML reader may take for something 
 """
 
 import re
+import unicodedata
 from typing import Final
 
 from relay.config.values import Decimal, Whole
@@ -30,6 +31,11 @@ _SURPRISES: Final = (
     (re.compile(r"<<"), "a merge key", "write the keys out, or quote it if it is text"),
 )
 _FIRST_OF_SURPRISES: Final = frozenset("yYoOnN0123456789+-<")
+#: How a secret begins that was to be a form of one, were it not for the blank that is missing.
+SECRET_FORMS: Final = ("env:", "file:", "credential:", "command:", "encrypted:")
+NOT_FILLED_IN: Final = "variables of the environment are not filled in"
+_VARIABLE = re.compile(r"\$\{\w+\}|\A\$[A-Z_][A-Z0-9_]*\Z")
+_TYPOGRAPHIC: Final = frozenset("\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb")
 #: With which an unquoted word begins that may be something else than text, or surprise somebody.
 NOT_SURELY_TEXT: Final = _FIRST_OF_SURPRISES | {word[0] for word in (*_NULLS, *_BOOLEANS) if word}
 
@@ -58,6 +64,8 @@ def surprise(text: str) -> str:
 
     Only the words for true and false are repeated: anything else may be a secret under a mistyped key.
     """
+    if not text.isascii():
+        return _unseen(text)
     if not text or text[0] not in _FIRST_OF_SURPRISES or _WHOLE.fullmatch(text):
         return ""
     if text[0].isalpha() and len(text) > 3:  # there are no longer words among them
@@ -66,4 +74,22 @@ def surprise(text: str) -> str:
         if pattern.fullmatch(text):
             shown = text if text.isalpha() else "this"
             return f"{shown} means {taken_for} to some readers of YAML: {advice}"
+    return ""
+
+
+def variable(text: str, *, secret: bool) -> str:
+    """What to say about text with a variable of a shell's in it, which is nothing but text here; `""` when there is none."""
+    if not _VARIABLE.search(text):
+        return ""
+    instead = "write {env: NAME}, or" if secret else "write what it stands for, or use"
+    return f"{NOT_FILLED_IN}: {instead} single quotes if it is meant as it stands"
+
+
+def _unseen(text: str) -> str:
+    """What to say about an unquoted word with blanks around it that are none to YAML, or with quotes that are none."""
+    for character in (text[0], text[-1]):
+        if not character.isascii() and (character.isspace() or unicodedata.category(character) == "Cf"):
+            return f"begins or ends with U+{ord(character):04X}, which nobody sees: remove it, or quote the text"
+    if len(text) > 1 and text[0] in _TYPOGRAPHIC and text[-1] in _TYPOGRAPHIC:
+        return f"{text[0]} and {text[-1]} are no quotes to YAML: write \" or '"
     return ""

@@ -143,6 +143,8 @@ def resolve(
         meant = "must be a text from `relay secret encrypt`" if form == "encrypted" else f"must name one thing, as in {_FORMS}"
         raise SecretError(f"{form}: {meant}")
     if form == "env":
+        if where.startswith("$"):
+            raise SecretError("env: write the name of the variable without $ and braces")
         if where not in environ:
             raise SecretError(f"the environment variable {where} is not set")
         return Secret(_checked(lambda: environ[where], f"env {where}", check), f"env {where}")
@@ -237,7 +239,7 @@ def _printed(descriptor: int, deadline: float) -> bytes:
 
 def _decoded(content: bytes, where: str) -> str:
     try:
-        text = content.decode()
+        text = content.decode("utf-8-sig")  # the mark that some editors put first is no part of any secret
     except UnicodeDecodeError:
         raise SecretError(f"{where} is not UTF-8 text") from None
     return text.removesuffix("\n").removesuffix("\r")

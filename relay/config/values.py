@@ -25,6 +25,8 @@ _HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 _HEADER_NAME = re.compile(r"[!-9;-~]{1,76}")  # RFC 5322 section 2.2: printable ASCII without the colon
 _NAMED_ADDRESS = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|([^<>"]*?))\s*<([^<>]*)>\s*')
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_BETWEEN = re.compile(r"[,;\s]+(?=[^,;\s/])")
+_SEVERAL: Final = "several are a list: [a, b]"
 _MAPPED: Final = IPv6Network("::ffff:0:0/96")
 _RESERVED_HEADERS: Final = {"received", "return-path", "bcc"}
 #: unix(7): 108 bytes with the null byte that ends it.
@@ -106,7 +108,8 @@ def parse_network(value: Any) -> Network:
     try:
         network = ip_network(value, strict=False)
     except ValueError:
-        raise ValueError(f"not a network or an address: {value!r}; write 10.1.2.0/24 or 10.1.2.3") from None
+        one = _SEVERAL if _BETWEEN.search(value) else "write 10.1.2.0/24 or 10.1.2.3"
+        raise ValueError(f"not a network or an address: {value!r}; {one}") from None
     if "/" in value and ip_address(value.partition("/")[0]) != network.network_address:
         raise ValueError(f"{value} names an address inside the network, did you mean {network}?")
     if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED):
@@ -242,7 +245,7 @@ def parse_host(value: str) -> str:
     try:
         return normalize_domain(bare.removesuffix("."))
     except ValueError:
-        raise ValueError(f"not a host name: {value!r}") from None
+        raise ValueError(f"not a host name: {value!r}" + (f"; {_SEVERAL}" if _BETWEEN.search(value) else "")) from None
 
 
 def parse_ehlo(value: str) -> str:
@@ -255,6 +258,8 @@ def parse_ehlo(value: str) -> str:
 
 def parse_domain(value: str) -> str:
     """A domain as lower-case A-labels."""
+    if client_of(value) is not None:
+        raise ValueError(f"an IP address is no domain: {value!r}")
     try:
         return normalize_domain(value.removesuffix("."))
     except ValueError:
@@ -299,6 +304,8 @@ def parse_condition(value: str) -> str:
             raise ValueError(f"{value!r}: for every address of a domain, write the domain alone")
         return folded(parse_address(value))
     stem = value.removeprefix("*.")
+    if hint := _no_domain(stem):
+        raise ValueError(f"{value!r}: {hint}")
     if "*" in stem:
         raise ValueError(f'{value!r}: `*` may only stand alone or as the first label, as in "*.example.com"')
     try:
@@ -307,6 +314,17 @@ def parse_condition(value: str) -> str:
         raise ValueError(
             f'{value!r} is neither a domain nor an address; write example.com, "*.example.com", user@example.com, "<>" or "*"'
         ) from None
+
+
+def _no_domain(text: str) -> str:
+    """What to write instead of something that is often taken for a domain; `""` where that cannot be told."""
+    if _BETWEEN.search(text):
+        return _SEVERAL
+    if text.endswith("."):
+        return "write the domain without the dot at its end"
+    if text.startswith("."):
+        return f'for all below it, write "*{text}"'
+    return "an IP address and no domain; for where mail comes from there is `client`" if client_of(text) is not None else ""
 
 
 def parse_permission(value: str) -> str:

@@ -43,6 +43,7 @@ _YET_TO_COME: Final[dict[KeyPath, str]] = {
     ("spool",): "postgresql node ephemeral",
     ("log",): "addresses subjects",
 }
+_COLLECTIONS: Final[set[KeyPath]] = {("upstreams",), ("users",), ("routes",), ("listeners",), ("aliases",)}
 _TYPES: Final = {
     "missing": "is missing",
     "string_type": "must be text",
@@ -152,7 +153,8 @@ def _message(kind: str, context: dict[str, Any], value: Any, *, path: KeyPath, s
     if kind == "value_error":
         return str(context["error"])
     if value is None:
-        return "is empty"
+        below = _pattern(path) in _SECTIONS or path in _COLLECTIONS
+        return "is empty: what belongs to it stands below, further to the right" if below else "is empty"
     if kind == "literal_error":
         known = [word.strip(" '") for word in context["expected"].replace(" or ", ",").split(",")]
         meant = suggestions.meant(value, known) if isinstance(value, str) else ""
@@ -167,6 +169,10 @@ def _message(kind: str, context: dict[str, Any], value: Any, *, path: KeyPath, s
             return f"{words}: remove the quotes"
         if kind == "bool_type" and isinstance(value, str) and value.lower() in ("true", "false"):
             return f"{words}: remove the quotes"
+        if kind == "tuple_type" and not isinstance(value, bool | int | float):
+            return f"{words}, not {kind_of(value)}: begin each item with - and a blank"
+        if kind == "dict_type" and isinstance(value, list) and path in _COLLECTIONS:
+            return f"{words}, not a list: write each name with a colon, and its keys below it"
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return words if number and "number" in words else f"{words}, not {kind_of(value)}"
     bounds = {"greater_than": ("more than", "gt"), "greater_than_equal": ("at least", "ge"), "less_than_equal": ("at most", "le")}

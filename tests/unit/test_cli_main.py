@@ -42,7 +42,8 @@ def test_what_is_not_built_says_so_and_is_a_usage_error(argv: list[str], capsys:
     ("argv", "words"),
     [
         ([], "required: COMMAND"),
-        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["serve", "--upstream", "smtps://app@mail.example.com"], "relay serve: --upstream: not available yet\n"),
+        (["nonsense"], "relay: there is no command 'nonsense'; `relay --help` lists them\n"),
         (["queue"], "required: VERB"),
         (["queue", "list", "--older-than", "5"], "must be a duration such as 30s"),
         (["queue", "list", "--state", "sent"], "invalid choice: 'sent'"),
@@ -108,7 +109,7 @@ def test_the_file_may_be_named_before_and_after_the_command(argv: list[str], tmp
 )
 def test_starting_loads_nothing_that_it_does_not_need(code: str, absent: tuple[str, ...]) -> None:
     code += f"\nimport sys\nprint(*(name for name in {absent} if name in sys.modules), file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
     assert done.stderr.split() == []
 
 
@@ -116,6 +117,16 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     command = (
         f"{sys.executable} -c 'import sys; from relay.cli import main; sys.exit(main([\"schema\"]))' | head -n 1; echo ${{PIPESTATUS[0]}}"
     )
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.splitlines()[-1] == "0"
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "said"),
+    [(">&-", 0, ""), (">&- 2>&-", 0, ""), ("> /dev/full", 75, "relay schema: the output cannot be written: No space left on device\n")],
+)
+def test_output_that_cannot_be_written_is_no_traceback(redirection: str, code: int, said: str) -> None:
+    command = f"{sys.executable} -c 'import sys; from relay.cli import main; sys.exit(main([\"schema\"]))' {redirection}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (code, said)

@@ -50,6 +50,7 @@ async def test_a_port_that_is_taken_is_75(tmp_path: Path) -> None:
         with pytest.raises(Exception, match="ended with 75"):
             await relay.start()
     assert "address already in use" in relay.log().lower()
+    assert 'reason="it could not start"' in relay.log() or '"reason": "it could not start"' in relay.log()
     assert "Traceback" not in relay.log()
 
 

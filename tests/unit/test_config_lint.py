@@ -1,6 +1,7 @@
 """Warnings: what is allowed and probably not meant, and nothing else."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,9 +97,9 @@ def test_several_routes_together_hide_one() -> None:
 def test_many_routes_that_differ_in_one_condition_take_no_time() -> None:
     for key, value in (("recipient", "u{}-{}@x.example"), ("listener", "l{}-{}"), ("client", "10.{}.{}.1")):
         routes = [{"reject": "no", key: value.format(n // 250, n % 250)} for n in range(3000)]
-        began = time.monotonic()
+        began = time.process_time()
         assert list(lint.improbable(config(routes))) == []
-        assert time.monotonic() - began < 5
+        assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize(("probe", "warned"), [("1ms", True), ("59s", True), ("1m", False), (None, False)])
@@ -186,3 +187,86 @@ def test_an_upstream_that_is_a_listener_of_ours_is_an_error(bind: str, host: str
     )
     found = [(problem.path, problem.severity) for problem in lint.circular(setup)]
     assert found == ([(("upstreams", "house", "host"), "error")] if circular else [])
+
+
+def not_allowed(route: dict[str, Any], **senders: str | list[str]) -> list[tuple[Any, str]]:
+    upstreams = {name: {"senders": allowed} for name, allowed in senders.items()}
+    problems = lint.improbable(config([route], **upstreams))
+    return [(problem.path[2:], problem.message.partition(":")[0]) for problem in problems if "`senders` of" in problem.message]
+
+
+@pytest.mark.parametrize(
+    ("sender", "senders", "allowed"),
+    [
+        ("a.example", "a.example", True),
+        ("a.example", "b.example", False),
+        ("a.example", "billing@a.example", True),
+        ("billing@a.example", "a.example", True),
+        ("billing@a.example", "billing@a.example", True),
+        ("billing@a.example", "sales@a.example", False),
+        ("*.a.example", "b.a.example", True),
+        ("*.a.example", "x@b.a.example", True),
+        ("*.a.example", "a.example", False),
+        ("a.example", "b.a.example", False),
+        ("a.example", "ba.example", False),
+        ("*", "b.example", True),
+        ("<>", "b.example", True),
+        (["b.example", "a.example"], "b.example", False),
+    ],
+)
+def test_a_route_whose_upstream_may_not_send_for_its_sender_is_warned_of(sender: Any, senders: str, allowed: bool) -> None:
+    found = not_allowed({"sender": sender, "upstream": "acme"}, acme=senders)
+    assert [path for path, _ in found] == ([] if allowed else [("upstream",)])
+
+
+REWRITE = {"from": "Acme <no-reply@house.example>", "envelope_sender": "bounces@house.example"}
+
+
+@pytest.mark.parametrize(
+    ("route", "found"),
+    [
+        ({"upstream": "house", "rewrite": REWRITE}, []),
+        ({"upstream": "house", "rewrite": {"from": "x@house.example"}}, [(("upstream",), "acme.example")]),
+        ({"upstream": "house", "rewrite": {"envelope_sender": "x@house.example"}}, [(("upstream",), "acme.example")]),
+        ({"upstream": "house", "rewrite": {"from": {"name": "Acme"}}}, [(("upstream",), "acme.example")]),
+        ({"upstream": "house", "rewrite": REWRITE | {"from": "x@acme.example"}}, [(("rewrite", "from"), "x@acme.example")]),
+        (
+            {"upstream": "house", "rewrite": REWRITE | {"envelope_sender": "x@acme.example"}},
+            [(("rewrite", "envelope_sender"), "x@acme.example")],
+        ),
+        ({"upstream": "any", "fallback": ["acme", "house"]}, [(("fallback", 1, "upstream"), "acme.example")]),
+        ({"upstream": "any", "fallback": {"upstream": "house", "rewrite": REWRITE}}, []),
+        (
+            {"upstream": "any", "rewrite": REWRITE, "fallback": {"upstream": "house", "rewrite": {"from": "x@acme.example"}}},
+            [(("fallback", 0, "rewrite", "from"), "x@acme.example")],
+        ),
+        (
+            {"upstream": "acme", "rewrite": {"from": "x@acme.example"}, "fallback": {"upstream": "house"}},
+            [(("rewrite", "from"), "x@acme.example"), (("fallback", 0, "upstream"), "acme.example")],
+        ),
+    ],
+)
+def test_what_is_rewritten_must_be_allowed_too(route: dict[str, Any], found: list[tuple[Any, str]]) -> None:
+    upstreams = {"acme": {"host": "a.example", "senders": "acme.example"}, "house": {"host": "h.example", "senders": "house.example"}}
+    setup = {"hostname": "relay.example.net", "upstreams": upstreams | {"any": {"host": "x.example"}}}
+    built = Config.model_validate(setup | {"routes": [{"sender": "acme.example"} | route]})
+    problems = [problem for problem in lint.improbable(built) if "`senders` of house" in problem.message]
+    assert [(problem.path[2:], problem.message.partition(" ")[0]) for problem in problems] == found
+
+
+def test_sizes_that_were_to_have_a_unit_are_warned_of() -> None:
+    listeners = [{"bind": "127.0.0.1:2525", "message_size": 50}, {"bind": "127.0.0.1:2526", "message_size": 65536}]
+    setup = {"hostname": "relay.example.net", "upstreams": {"a": {"host": "a.example"}}, "routes": [{"upstream": "a"}]}
+    built = Config.model_validate(setup | {"listeners": listeners, "spool": {"max_size": 65535}})
+    assert [problem.path for problem in lint.improbable(built)] == [("listeners", 0, "message_size"), ("spool", "max_size")]
+
+
+@pytest.mark.parametrize(("content", "warned"), [("x \n", True), (" x", True), ("x\n", False), ("\ufeffx\r\n", False), ("a b", False)])
+def test_blanks_around_a_secret_from_elsewhere_are_warned_of(content: str, warned: bool, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text(content)
+    secret = {"file": str(tmp_path / "secret")}
+    users = {"erp": {"password": secret, "senders": "*"}}
+    upstreams = {"acme": {"host": "a.example", "username": "a", "password": secret}}
+    built = Config.model_validate({"hostname": "a.example", "users": users, "upstreams": upstreams, "routes": [{"upstream": "acme"}]})
+    found = [problem.path for problem in lint.unguarded(built, exposed=False)]
+    assert found == ([("upstreams", "acme", "password"), ("users", "erp", "password")] if warned else [])

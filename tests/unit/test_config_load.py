@@ -186,6 +186,8 @@ def test_a_plain_secret_in_a_file_for_others_is_a_warning(file: Path) -> None:
     content = MINIMAL.replace("smtp.acme.example", "a.example, username: a, password: s3cret")
     assert findings_in(file, content) == []
     file.chmod(0o640)
+    assert findings_in(file, content) == []
+    file.chmod(0o644)
     (said,) = findings_in(file, content)
     assert said.startswith("config.yaml:1:60: upstreams.acme.password: warning: a secret in a file that others can read")
     assert findings_in(file, content.replace("s3cret", "{env: A}"), A="x") == []
@@ -262,9 +264,9 @@ def test_reading_without_libyaml_works_and_is_a_warning(file: Path, monkeypatch:
 
 def test_five_thousand_routes_load_in_seconds(file: Path) -> None:
     file.write_text(many_routes(5000))
-    began = time.monotonic()
+    began = time.process_time()
     config, findings = examine(file, {})
-    assert time.monotonic() - began < 5  # about half a second on an idle machine
+    assert time.process_time() - began < 5  # about half a second on an idle machine
     assert config is not None
     assert len(config.routes) == 5000
     assert len(findings) == 1  # upstreams without senders
@@ -272,9 +274,9 @@ def test_five_thousand_routes_load_in_seconds(file: Path) -> None:
 
 def test_five_thousand_errors_take_no_longer(file: Path) -> None:
     file.write_text(many_routes(5000).replace("upstream: t", "upstream: x").replace("sender:", "sendr:"))
-    began = time.monotonic()
+    began = time.process_time()
     findings = examine(file, {})[1]
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     assert len(findings) == 10_000
 
 

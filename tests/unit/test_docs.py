@@ -15,6 +15,8 @@ DOCUMENTS = (
     "docs/listeners.md",
     "docs/logins.md",
     "docs/oauth.md",
+    "docs/providers.md",
+    "docs/durability.md",
     "docs/secrets.md",
     "docs/sendmail.md",
     "docs/operations.md",

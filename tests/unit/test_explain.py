@@ -85,10 +85,10 @@ def test_the_exit_code_says_that_nothing_would_be_taken(
 def test_a_message_brings_its_own_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = tmp_path / "message.eml"
     message.write_bytes(b"From: Boss <boss@globex.example>\nBcc: hidden@example.org\nSubject: hi\n\nbody\n")
-    assert ask(tmp_path, "--from", "app@acme.example", "--to", "bob@example.org", "--message", str(message)) == 0
+    assert ask(tmp_path, "--from", "app@acme.example", "--to", "bob@example.org", "--message", str(message)) == 1
     text = capsys.readouterr().out
     assert "-Bcc: hidden@example.org" in text and "+Subject: [acme] hi" in text
-    assert "NOT PERMITTED    the From address boss@globex.example" in text
+    assert "NOT PERMITTED    the From address boss@globex.example is not one of its senders: refused with 550 5.7.1" in text
 
 
 def test_a_null_sender_goes_by_its_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,8 +146,7 @@ def test_without_routes_nothing_matches() -> None:
     router = Router(config())
     assert router.match(Facts("a@b.c", "d@e.f")) is NO_MATCH
     assert router.explain(Facts("a@b.c", "d@e.f")) == []
-    assert not router.could_match_sender("a@b.c", Origin())
-    assert not router.could_match_sender("", Origin())
+    assert router.sender_refusal("a@b.c", Origin()) == router.sender_refusal("", Origin()) == NO_MATCH.why
 
 
 def test_an_explanation_names_the_condition_that_failed() -> None:
@@ -211,7 +210,6 @@ def test_an_explanation_names_the_condition_that_failed() -> None:
 def test_a_sender_is_refused_as_early_as_the_routes_allow(routes: list[dict[str, Any]], sender: str, origin: Origin, expected: str) -> None:
     router = Router(config(*routes))
     assert router.sender_refusal(sender, origin) == expected
-    assert router.could_match_sender(sender, origin) is (expected == "")
 
 
 def test_upstreams_are_the_primary_and_its_fallbacks() -> None:
@@ -303,9 +301,9 @@ def test_a_look_up_costs_the_same_with_many_routes() -> None:
         facts = [Facts(f"a@t{count - 1}.example", "b@y.example"), Facts("a@b.c", f"d@r{count - 1}.example")] * 100
         best = 9.9
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.process_time()
             assert all(router.match(each).route for each in facts)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.process_time() - start)
         return best
 
     assert seconds(5000) < 20 * seconds(5)
