@@ -52,7 +52,8 @@ class Control:
 
     async def open(self) -> None:
         """Listen. Raises SocketInUse, or OSError with the path in its words."""
-        self._server = await asyncio.start_unix_server(self._admit, sock=self._place.bind(), limit=_REQUEST_LIMIT_BYTES)
+        # Not start_unix_server, which from Python 3.13 on takes the path away before we let go of it.
+        self._server = await asyncio.start_server(self._admit, sock=self._place.bind(), limit=_REQUEST_LIMIT_BYTES)
         try:
             self._link()
         except OSError as error:
@@ -106,7 +107,8 @@ class Control:
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._clients.pop(task).transport.abort()  # all is said, or nobody reads it
+        writer = self._clients.pop(task)  # has to be there when it is aborted: from Python 3.13 on it complains if it goes first
+        writer.transport.abort()  # all is said, or nobody reads it
         self._busy.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._journal.fault("serving the control socket", error)

@@ -69,9 +69,7 @@ class Entrance:
             self._arrivals.append(
                 Arrivals(listening, settings.proxy_protocol, limit=settings.connections, welcome=self._welcome, turn_away=self._turn_away)
             )
-        elif listening.family == socket.AF_UNIX:
-            self._servers.append(await loop.create_unix_server(lambda: self._session(None), sock=listening, backlog=_BACKLOG))
-        else:
+        else:  # Unix sockets too: create_unix_server takes their paths away from Python 3.13 on, also those that are not ours
             self._servers.append(await loop.create_server(lambda: self._session(None), sock=listening, backlog=_BACKLOG))
 
     async def _welcome(self, connection: socket.socket, peer: Peer) -> None:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from tests.support.eventually import PATIENCE_SECONDS
 from tests.support.wire import Wire
-
-DEADLINE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class Client:
     `chunk`: send at most so many octets at a time, each in a segment of its own (1: octet by octet).
     """
 
-    def __init__(self, host: str, port: int = 0, *, chunk: int = 0, deadline: float = DEADLINE_SECONDS) -> None:
+    def __init__(self, host: str, port: int = 0, *, chunk: int = 0, deadline: float = PATIENCE_SECONDS) -> None:
         self._host = host
         self._port = port
         self._chunk = chunk

@@ -9,12 +9,15 @@ from typing import TypeVar
 _T = TypeVar("_T")
 _LONGEST_PAUSE_SECONDS = 0.01
 
+#: After which something that should happen counts as never happening. Long, as the machine may be busy with something else.
+PATIENCE_SECONDS = 30.0
+
 
 class NeverHappened(AssertionError):
     """The condition did not come true in time; the text says which."""
 
 
-async def eventually(condition: Callable[[], _T | Awaitable[_T]], what: str = "", *, within: float = 10.0) -> _T:
+async def eventually(condition: Callable[[], _T | Awaitable[_T]], what: str = "", *, within: float = PATIENCE_SECONDS) -> _T:
     """Wait until `condition()` (plain or async) gives something true, and return that.
 
     `what` names the condition in the failure; `within` is in seconds. An AssertionError of the condition counts as "not yet",

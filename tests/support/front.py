@@ -34,6 +34,7 @@ from relay.spool.base import Claim, Content, ContentWriter, Draft, Lane, SpoolEr
 from relay.spool.memory import MemorySpool
 from relay.spool.wait import Waits
 from tests.support.client import Client
+from tests.support.eventually import PATIENCE_SECONDS
 
 HOSTNAME = "relay.example"
 CONFIG: dict[str, Any] = {
@@ -202,7 +203,7 @@ class Front:
         self.waits = Waits()
         self.intake = Intake(self.config, Router(self.config), self.spool, self.dispatch, self._journal, self.clock, waits=self.waits)
         self.metrics = Metrics()
-        self.credentials = Credentials(self.config.users, self.clock, delay=lambda failures: 0.01 * failures)
+        self.credentials = Credentials(self.config.users, self.clock, delay=lambda failures: 0.001 * failures)
         numbers = itertools.count(1)
         self.door = Door(
             self.config.listeners[0], self.intake, self._journal, hostname=HOSTNAME, new_session_id=lambda: f"S{next(numbers)}",
@@ -233,9 +234,17 @@ class Front:
     def port(self) -> int:
         return int(self.address.rpartition(":")[2])
 
-    def client(self, *, chunk: int = 0, deadline: float = 5.0) -> Client:
+    def client(self, *, chunk: int = 0, deadline: float = PATIENCE_SECONDS) -> Client:
         """A raw client of this listener, not yet connected."""
         return Client("127.0.0.1", self.port, chunk=chunk, deadline=deadline)
+
+    def passes(self, seconds: float) -> None:
+        """Let time pass for the sessions: their deadlines come nearer, and whose time is up is told."""
+        now = asyncio.get_running_loop().time()
+        for session in list(self.door._sessions):
+            session.deadline -= seconds
+            if session.deadline <= now:
+                session.expire()
 
     @property
     def taken(self) -> list[Taken]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.support.eventually import eventually
+from tests.support.eventually import PATIENCE_SECONDS, eventually
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # The console script's content, so that the package need not be installed.
@@ -60,7 +60,7 @@ class RelayProcess:
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
-    async def start(self, *, within: float = 20.0) -> None:
+    async def start(self, *, within: float = 2 * PATIENCE_SECONDS) -> None:
         """Start it, again after a stop or a kill, and wait until it listens."""
         assert not self.running, "it runs already"
         self._started_at = len(self.log())
@@ -81,7 +81,7 @@ class RelayProcess:
             error.add_note(f"-- {self.log_file} --\n{self.log()[self._started_at :]}")
             raise
 
-    async def terminate(self, *, within: float = 30.0) -> int:
+    async def terminate(self, *, within: float = 2 * PATIENCE_SECONDS) -> int:
         """SIGTERM, and wait for its exit code."""
         self.signal(signal.SIGTERM)
         return await self.exited(within=within)
@@ -96,7 +96,7 @@ class RelayProcess:
         assert self._process, "it was never started"
         self._process.send_signal(number)
 
-    async def exited(self, *, within: float = 30.0) -> int:
+    async def exited(self, *, within: float = 2 * PATIENCE_SECONDS) -> int:
         """Wait until the process has ended; its exit code."""
         await eventually(lambda: not self.running, "the relay to end", within=within)
         assert self._process, "it was never started"
@@ -131,7 +131,7 @@ class RelayProcess:
         wanted = {**({"event": name} if name else {}), **fields}
         return [event for event in self._events(self.log()) if all(event.get(key) == value for key, value in wanted.items())]
 
-    async def event(self, name: str, *, count: int = 1, within: float = 10.0, **fields: object) -> list[Event]:
+    async def event(self, name: str, *, count: int = 1, within: float = PATIENCE_SECONDS, **fields: object) -> list[Event]:
         """Wait for at least `count` such events."""
         what = f"{count} event(s) {name} {fields or ''}".rstrip()
         await eventually(lambda: len(self.events(name, **fields)) >= count, what, within=within)

@@ -32,6 +32,6 @@ def _run(argv: Sequence[str], typed: str) -> tuple[str, int]:
                 printed += octets
         except OSError:  # EIO: the other end is closed
             pass
-        return printed.decode(), process.wait(timeout=30)
+        return printed.decode(), process.wait(timeout=60)
     finally:
         os.close(ours)

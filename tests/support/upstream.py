@@ -10,13 +10,14 @@ This module answers for the server's life. `smtp_session` speaks, `playbook` mis
 
 import asyncio
 import contextlib
+import random
 import socket
 import ssl
 from collections.abc import Container, Iterable, Mapping
 from types import TracebackType
 from typing import Self
 
-from tests.support.eventually import eventually
+from tests.support.eventually import PATIENCE_SECONDS, eventually
 from tests.support.playbook import Action, Close, Drip, Garbage, Half, Hang, Hold, Phase, Playbook, Reset, Say
 from tests.support.record import Connection, Login, Record, Transaction
 from tests.support.smtp_session import Offer, Security, Session
@@ -40,6 +41,7 @@ __all__ = [
     "Transaction",
 ]
 
+_DICE = random.SystemRandom()  # Hypothesis and tests seed the other one, alike in all workers
 OFFERED = ("PIPELINING", "SIZE 104857600", "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES")
 MECHANISMS = ("PLAIN", "LOGIN", "CRAM-MD5")
 
@@ -139,13 +141,13 @@ class ScriptedUpstream:
     def open_connections(self) -> int:
         return sum(not connection.closed for connection in self.connections)
 
-    async def received(self, count: int, *, within: float = 10.0) -> list[Transaction]:
+    async def received(self, count: int, *, within: float = PATIENCE_SECONDS) -> list[Transaction]:
         """Wait until at least `count` transactions were accepted, and return all of them."""
         what = f"{count} accepted transactions at {self.address}"
         await eventually(lambda: len(self.accepted) >= count, what, within=within)
         return self.accepted
 
-    async def connected(self, count: int, *, within: float = 10.0) -> list[Connection]:
+    async def connected(self, count: int, *, within: float = PATIENCE_SECONDS) -> list[Connection]:
         """Wait until at least `count` connections were made, and return all of them."""
         await eventually(lambda: len(self.connections) >= count, f"{count} connections to {self.address}", within=within)
         return self.connections
@@ -166,10 +168,10 @@ class ScriptedUpstream:
             raise ExceptionGroup("the scripted upstream itself failed", self._faults)
 
     async def start(self) -> None:
-        """Listen; after a `stop`, on the same port again."""
+        """Listen; after a `stop`, on the same port again, which nobody has got meanwhile."""
+        self.port = self.port or unused_port()
         listening = socket.create_server((self.host, self.port), backlog=256)
         listening.setblocking(False)
-        self.port = listening.getsockname()[1]
         self._listening = listening
         asyncio.get_running_loop().add_reader(listening, self._accept, listening)
 
@@ -211,7 +213,9 @@ class ScriptedUpstream:
 
 
 def unused_port() -> int:
-    """A port of 127.0.0.1 on which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port: int = taken.getsockname()[1]
-    return port
+    """A port that nobody uses on any address, and that the kernel does not give away by itself meanwhile: it begins at 32768."""
+    while True:
+        port = _DICE.randrange(10_000, 32_768)
+        with socket.socket() as asking, contextlib.suppress(OSError):
+            asking.bind(("0.0.0.0", port))
+            return port

@@ -24,6 +24,7 @@ from typing import ClassVar, NamedTuple, Self
 from tests.support.certificates import CertificateFiles
 from tests.support.client import Client
 from tests.support.eventually import eventually
+from tests.support.upstream import unused_port
 
 USER, PASSWORD = "acme", "p@ss w0rd%1"
 #: What these servers say no to, where they are for submission: a sender that belongs to another login, a recipient, and one for now.
@@ -90,7 +91,7 @@ class Receiver:
         self._process = await self._run(self.prepare())
         ports = [self.port, self.starttls_port, self.tls_port] if self.submission else [self.port]
         for port in ports:
-            await eventually(lambda port=port: self._answers(port), f"{self.program} to answer on port {port}", within=20)
+            await eventually(lambda port=port: self._answers(port), f"{self.program} to answer on port {port}", within=60)
 
     async def stop(self) -> None:
         """Have it end as an administrator would."""
@@ -200,7 +201,7 @@ class Postfix(Receiver):
         """Where its users are, as settings."""
         database = self.directory / "sasldb"
         command = ("saslpasswd2", "-p", "-c", "-u", "postfix.test", "-f", str(database), USER)
-        subprocess.run(command, input=PASSWORD.encode(), check=True, timeout=20, capture_output=True)
+        subprocess.run(command, input=PASSWORD.encode(), check=True, timeout=120, capture_output=True)
         shutil.chown(database, "postfix")
         settings = self.directory / "conf" / "sasl"  # where Debian's looks; elsewhere it is a setting
         settings.mkdir(exist_ok=True)
@@ -264,7 +265,7 @@ class PostfixWithDovecot(Postfix):
                 f"service auth {{\n unix_listener {self.directory / 'login'} {{\n  mode = 0666\n }}\n}}\n"
             )
             self._dovecot = await self._run(("dovecot", "-F", "-c", str(configuration)))
-            await eventually((self.directory / "login").exists, "Dovecot to listen", within=20)
+            await eventually((self.directory / "login").exists, "Dovecot to listen", within=60)
         await super().start()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -414,9 +415,8 @@ class OpenSmtpd(Receiver):
 
 
 def unused_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 on which nobody listens."""
-    taken = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in taken]
-    for each in taken:
-        each.close()
-    return ports
+    """As many ports that nobody uses, each another."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(unused_port())
+    return list(ports)

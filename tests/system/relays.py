@@ -35,7 +35,7 @@ SECRET = "not-to-be-seen-anywhere"
 
 def to(server: ScriptedUpstream, **keys: Any) -> dict[str, Any]:
     """The configuration of an upstream that is `server`, in clear unless `keys` say otherwise."""
-    timeouts = {"connect": "10s", "command": "10s", "data": "10s", "final": "10s"}
+    timeouts = {"connect": "60s", "command": "60s", "data": "60s", "final": "60s"}
     return {"host": server.host, "port": server.port, "security": "none", "timeouts": timeouts, **keys}
 
 

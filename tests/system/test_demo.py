@@ -38,11 +38,11 @@ class Demo:
         def heard() -> bool:
             return words in self.text() or self.process.poll() is not None
 
-        await eventually(heard, f"the demo to say {words!r}", within=30)
+        await eventually(heard, f"the demo to say {words!r}", within=60)
         assert words in self.text(), self.text()
 
     async def ended(self) -> int:
-        await eventually(lambda: self.process.poll() is not None, "the demo to end", within=30)
+        await eventually(lambda: self.process.poll() is not None, "the demo to end", within=60)
         return self.process.wait()
 
     def blocks(self) -> list[dict[str, str]]:
@@ -87,7 +87,7 @@ async def test_it_stays_for_the_persons_own_mail_until_a_signal(tmp_path: Path, 
         await running.said("Ctrl-C ends the demo")
         found = re.search(r"swaks --server 127.0.0.1:(\d+) --from you@acme.example", running.text())
         assert found
-        with smtplib.SMTP("127.0.0.1", int(found[1]), timeout=10) as app:
+        with smtplib.SMTP("127.0.0.1", int(found[1]), timeout=60) as app:
             app.sendmail("you@globex.example", ["friend@example.org"], "From: you@globex.example\nSubject: mine\n\nhello")
             with pytest.raises(smtplib.SMTPSenderRefused):
                 app.sendmail("you@nobody.example", ["friend@example.org"], "From: you@nobody.example\n\nhello")
@@ -105,7 +105,7 @@ async def test_the_one_liner_it_prints_works(tmp_path: Path) -> None:
         await running.said("Ctrl-C ends the demo")
         found = re.search(r"^ +python3 (-c .*)$", running.text(), re.MULTILINE)
         assert found
-        done = subprocess.run(f"{sys.executable} {found[1]}", shell=True, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(f"{sys.executable} {found[1]}", shell=True, capture_output=True, text=True, timeout=120, check=False)
         assert (done.returncode, done.stderr) == (0, "")
         await running.said("4   you@globex.example → friend@example.org  hello")
 

@@ -47,7 +47,7 @@ def unverified() -> ssl.SSLContext:
 
 
 def shown(address: tuple[str, int]) -> bytes:
-    with socket.create_connection(address, timeout=10) as connection, unverified().wrap_socket(connection) as secured:
+    with socket.create_connection(address, timeout=60) as connection, unverified().wrap_socket(connection) as secured:
         octets = secured.getpeercert(binary_form=True)
         assert octets is not None
         return octets
@@ -61,7 +61,7 @@ async def test_a_relay_without_a_certificate_encrypts_all_the_same_and_says_so(t
             host, port = relay.address("starttls")
 
             def send(host: str = host, port: int = port) -> None:
-                with smtplib.SMTP(host, port, timeout=10) as client:
+                with smtplib.SMTP(host, port, timeout=60) as client:
                     with pytest.raises(smtplib.SMTPSenderRefused) as refused:
                         client.sendmail("app@acme.example", ["you@example.org"], b"Subject: hi\r\n\r\nhi\r\n")
                     assert refused.value.smtp_code == 530
@@ -79,7 +79,6 @@ async def test_a_relay_without_a_certificate_encrypts_all_the_same_and_says_so(t
     assert relay.events("fault") == []
 
 
-@pytest.mark.timeout(60)
 async def test_a_renewed_certificate_is_used_by_a_running_relay(tmp_path: Path, tls: Authority) -> None:
     pem = tmp_path / "relay.pem"
 
@@ -93,8 +92,8 @@ async def test_a_renewed_certificate_is_used_by_a_running_relay(tmp_path: Path, 
     async with RelayProcess(config(tmp_path, certificate=pem), directory=tmp_path) as relay:
         before = await asyncio.to_thread(shown, relay.address("tls"))
         renew("two.example")
-        await eventually(lambda: shown(relay.address("tls")) != before, "the new one", within=30)
-        await relay.event("note", count=2, level="info", within=30)
+        await eventually(lambda: shown(relay.address("tls")) != before, "the new one", within=60)
+        await relay.event("note", count=2, level="info", within=60)
         assert await relay.terminate() == 0
 
 
@@ -103,12 +102,11 @@ async def test_a_relay_whose_certificate_cannot_be_used_does_not_start(tmp_path:
     pem.write_bytes(tls.files("one.example").certificate.read_bytes() + tls.files("two.example").key.read_bytes())
     relay = RelayProcess(config(tmp_path, certificate=pem), directory=tmp_path)
     with pytest.raises(RelayDied):
-        await relay.start(within=10)
+        await relay.start()
     assert await relay.exited() == 75
     assert f"the key in {pem} is another's" in relay.log()
 
 
-@pytest.mark.timeout(60)
 async def test_three_hundred_new_sessions_cost_less_than_a_second_of_processor_time(tmp_path: Path) -> None:
     async with RelayProcess(config(tmp_path), directory=tmp_path) as relay:
         await asyncio.to_thread(begin_sessions, relay.address("tls"), 10)
@@ -122,7 +120,7 @@ async def test_three_hundred_new_sessions_cost_less_than_a_second_of_processor_t
 def begin_sessions(address: tuple[str, int], count: int) -> None:
     context = unverified()  # without a session of before: each handshake is a whole one
     for _ in range(count):
-        with socket.create_connection(address, timeout=10) as connection, context.wrap_socket(connection) as secured:
+        with socket.create_connection(address, timeout=60) as connection, context.wrap_socket(connection) as secured:
             assert secured.recv(100).startswith(b"220 ")
             assert secured.version() == "TLSv1.3"
             assert not secured.session_reused

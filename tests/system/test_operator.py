@@ -94,7 +94,7 @@ class Site:
                 view.close()
             return (queued.state if queued is not None else "gone") == state
 
-        await eventually(reached, f"{id} to be {state}", within=20)
+        await eventually(reached, f"{id} to be {state}")
 
 
 @asynccontextmanager
@@ -124,7 +124,7 @@ async def test_retry_delivers_at_once_and_the_story_is_told(tmp_path: Path) -> N
         assert "deferred: to be tried in" in told.out
         await at.upstream.start()
         assert await at.run("queue", "retry", id.lower()) == Done(0, f"{id}  due now\n1 message due now\n", "")
-        await at.upstream.received(1, within=5)
+        await at.upstream.received(1)
         await at.until(id, "gone")
         told = await at.run("trace", id)
         assert re.search(r"sent +2 +\S+ s +first +up +you@example.org +250", told.out)

@@ -132,6 +132,16 @@ async def test_every_login_over_both_kinds_of_tls_carries_mail_unchanged(tmp_pat
 
 
 @each_server
+async def test_a_header_behind_the_line_of_a_mailbox_arrives_as_a_header(tmp_path: Path, tool: Tool, tls: Authority, name: str) -> None:
+    async with server_called(name, tool, tls) as server, relay_to(tmp_path, to(server, tls)) as relay:
+        content = content_of("mailbox", b"\r\nhello\r\n")
+        await relay.send(SENDER, [RECIPIENT], b"From app Tue Nov 22 10:00:00 2026\r\n" + content)
+        await relay.empty()
+        (message,) = server.messages()
+        assert without_trace(message) == content.replace(b"\r\n", b"\n")
+
+
+@each_server
 async def test_addresses_in_utf_8_go_where_they_can(tmp_path: Path, tool: Tool, tls: Authority, name: str) -> None:
     async with server_called(name, tool, tls) as server, relay_to(tmp_path, to(server, tls)) as relay:
         async with relay.client() as client:

@@ -239,8 +239,8 @@ async def test_hundreds_wait_at_once_without_a_slot_or_a_thread_of_their_own(tmp
         routes = [*WAITING, {**ROUTES[1], "upstream": "house"}]
         async with running(tmp_path, upstreams={"acme": to(acme), "house": to(house)}, routes=routes) as relay:
             waiting = [asyncio.ensure_future(send(relay, within=60)) for _ in range(count)]
-            await relay.event("accepted", count=count)
-            async with asyncio.timeout(10):
+            await eventually(lambda: len(relay.events("accepted")) >= count, "all to be in custody", within=50)
+            async with asyncio.timeout(30):
                 await relay.send("app@globex.example", [YOU])
             await house.received(1)
             assert not any(task.done() for task in waiting)

@@ -18,7 +18,7 @@ SENDER, RECIPIENT = "app@acme.example", "you@example.org"
 CONTENT = b"Subject: hi\r\n\r\nhello\r\n"
 
 #: For tests in which nothing shall wait: a slow machine must not turn success into a timeout.
-PATIENT = {"connect": "10s", "command": "10s", "data": "10s", "final": "10s"}
+PATIENT = {"connect": "60s", "command": "60s", "data": "60s", "final": "60s"}
 
 
 def settings(server: ScriptedUpstream, **keys: Any) -> Upstream:

@@ -84,7 +84,7 @@ async def test_drained_waits_for_the_message_under_way(tmp_path: Path) -> None:
         await client.expect(250, "queued as")
         await client.expect(421, "4.3.2")
         await client.expect_close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await drained
         assert front.door.sessions == 0
 
@@ -104,7 +104,7 @@ async def test_drained_waits_for_a_message_whose_client_is_gone(tmp_path: Path) 
             await asyncio.sleep(0)
         assert not drained.done()
         front.spool.gate.set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await drained
         assert len(front.taken) == 1
 
@@ -117,7 +117,7 @@ async def test_drained_does_not_wait_for_a_client_that_says_nothing(tmp_path: Pa
         if octets.endswith(b"\n"):
             await client.expect(250)
         front.door.stop()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await front.door.drained()
         await client.expect(421, "4.3.2")
 
@@ -133,7 +133,7 @@ async def test_abort_ends_sessions_in_the_middle_of_content_and_leaves_nothing(t
         if size > 1_000_000:
             await eventually(lambda: front.arriving)
         front.door.stop()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await front.door.abort()
         assert front.door.sessions == 0
         await eventually(lambda: not front.arriving, "files of what was not taken to go")
@@ -147,7 +147,7 @@ async def test_abort_ends_a_session_whose_message_is_being_taken(tmp_path: Path)
         await client.send(b"MAIL FROM:<app@acme.example>\r\nRCPT TO:<you@example.org>\r\nDATA\r\n" + MESSAGE + b".\r\n")
         await eventually(lambda: front.spool.puts == 1)
         front.door.stop()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await front.door.abort()
         assert (front.door.sessions, front.taken, front.dispatch.outstanding) == (0, [], 0)
 
@@ -158,6 +158,6 @@ async def test_abort_ends_a_session_whose_work_has_not_had_its_first_turn(tmp_pa
         (session,) = front.door._sessions
         session.data_received(b"MAIL FROM:<app@acme.example>\r\nRCPT TO:<you@example.org>\r\nDATA\r\n" + MESSAGE + b".\r\n")
         front.door.stop()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await front.door.abort()
         assert (front.door.sessions, front.taken) == (0, [])

@@ -394,13 +394,14 @@ async def test_a_look_without_a_word_is_not_worth_a_line(
     assert [event["client"] for event in front.events("refused")] == ["127.0.0.1"] * lines
 
 
-async def test_who_is_accepted_in_the_moment_of_the_stop_is_let_go(tmp_path: Path) -> None:
+async def test_who_is_accepted_in_the_moment_of_the_stop_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrival, "HEADER_SECONDS", 60.0)
     async with Front(tmp_path, listener=BEHIND_PROXY) as front, front.client() as app:
         arrivals = front.door._entrance._arrivals[0]
         if not arrivals._tasks:
             arrivals._accept()
         front.door.stop()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await front.door.drained()
         await app.expect_close()
 
@@ -452,16 +453,19 @@ async def test_out_of_descriptors_it_waits_and_goes_on(tmp_path: Path, eventuall
             app.setblocking(False)
             loop = asyncio.get_running_loop()
             await loop.sock_sendall(app, V1)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 assert (await loop.sock_recv(app, 100)).startswith(b"220 ")
 
 
-async def test_a_stop_waits_for_nobody_who_has_not_said_who_he_is(tmp_path: Path, eventually: Eventually) -> None:
+async def test_a_stop_waits_for_nobody_who_has_not_said_who_he_is(
+    tmp_path: Path, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrival, "HEADER_SECONDS", 60.0)
     async with Front(tmp_path, listener=BEHIND_PROXY) as front, front.client() as app:
         await app.send(V1[:10])
         await eventually(lambda: front.door._entrance._arrivals[0]._tasks)
         front.door.stop()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await front.door.drained()
         await app.expect_close()
 

@@ -297,7 +297,7 @@ async def test_a_stop_does_not_wait_for_handshakes(tmp_path: Path, tls: Authorit
         if begun:
             await client.send(b"\x16\x03\x01\x02\x00\x01")
         front.door.stop()
-        await asyncio.wait_for(front.door.drained(), 2)
+        await asyncio.wait_for(front.door.drained(), 20)
         await client.expect_close()
 
 
@@ -307,7 +307,7 @@ async def test_a_stop_in_an_idle_session_is_said_under_tls(tmp_path: Path, tls: 
         await client.greet()
         front.door.stop()
         await client.expect(421, "4.3.2")
-        await asyncio.wait_for(front.door.drained(), 2)  # though the client does not confirm the end
+        await asyncio.wait_for(front.door.drained(), 20)  # though the client does not confirm the end
         await client.expect_close()
 
 

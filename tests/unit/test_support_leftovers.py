@@ -74,7 +74,7 @@ def test_a_test_that_leaves_something_behind_fails_by_itself(tmp_path: Path) -> 
     (tmp_path / "test_leaks.py").write_text(LEAKS)
     command = [sys.executable, "-m", "pytest", "-c", "pyproject.toml", "-p", "tests.conftest", "-p", "no:cacheprovider", "-v"]
     run = subprocess.run(
-        [*command, "-p", "no:xdist", str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, timeout=50, check=False
+        [*command, "-p", "no:xdist", str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, timeout=170, check=False
     )
     fates: dict[str, set[str]] = {}
     for name, fate in re.findall(r"::(test_\w+)\S* (PASSED|FAILED|ERROR)\b", run.stdout):

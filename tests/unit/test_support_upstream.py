@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.certificates import Authority
 from tests.support.client import Client, stuffed
-from tests.support.eventually import NeverHappened, eventually
+from tests.support.eventually import PATIENCE_SECONDS, NeverHappened, eventually
 from tests.support.upstream import (
     Close,
     Drip,
@@ -34,7 +34,7 @@ CONTENT = b"Subject: hi\r\n\r\nhello\r\n"
 pytestmark = pytest.mark.both_loops
 
 
-def connect(upstream: ScriptedUpstream, *, chunk: int = 0, deadline: float = 5.0) -> Client:
+def connect(upstream: ScriptedUpstream, *, chunk: int = 0, deadline: float = PATIENCE_SECONDS) -> Client:
     return Client(upstream.host, upstream.port, chunk=chunk, deadline=deadline)
 
 
