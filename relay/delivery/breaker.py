@@ -49,7 +49,7 @@ PROBE: Final = MessageId("a probe")
 
 @dataclass(slots=True)
 class _Circuit:
-    """One breaker. `since`: the first failure of this row (epoch); `open_since` and `until`: monotonic seconds, of one that is open.
+    """One breaker. `since`: the first failure of this row; `open_since` and `until`: of one that is open. All in monotonic seconds.
 
     `phase` and `last`: in which of them, and which message, failed last.
     """
@@ -119,7 +119,7 @@ class Breakers:
         if trouble.trying is None and circuit.until <= self._clock.monotonic():
             trouble.trying = id
             return None
-        return _objection(upstream, circuit)
+        return self._objection(upstream, circuit)
 
     def record(self, upstream: str, id: MessageId, outcomes: Iterable[Outcome]) -> bool:
         """Note what an admitted attempt came to. Answers whether the upstream works again after a long time."""
@@ -159,7 +159,7 @@ class Breakers:
     def objection(self, upstream: str) -> Outcome | None:
         """What mail hears that is not to be tried now; None: it may be."""
         trouble = self._troubles.get(upstream) if self.ready_at(upstream) else None
-        return _objection(upstream, trouble.open) if trouble is not None and trouble.open is not None else None
+        return self._objection(upstream, trouble.open) if trouble is not None and trouble.open is not None else None
 
     def ready_at(self, upstream: str) -> float:
         """From when on a message may try it (epoch); 0.0: now."""
@@ -174,7 +174,7 @@ class Breakers:
     def failing_since(self, upstream: str) -> float | None:
         """When the failures began of which none has been followed by a success (epoch)."""
         trouble = self._troubles.get(upstream)
-        return None if trouble is None else min(c.since for c in (trouble.way, trouble.login) if c.failures)
+        return None if trouble is None else self._epoch(min(c.since for c in (trouble.way, trouble.login) if c.failures))
 
     def reset(self, upstream: str) -> None:
         """There is reason to think that it works again: the next message may try."""
@@ -186,7 +186,7 @@ class Breakers:
         """Every upstream that fails at the moment, for people."""
         now = self._clock.monotonic()
         return [
-            Trouble(name, c.kind.name, c.since, c.failures, max(0.0, c.until - now) if c.open_seconds else 0.0, c.reply)
+            Trouble(name, c.kind.name, self._epoch(c.since), c.failures, max(0.0, c.until - now) if c.open_seconds else 0.0, c.reply)
             for name, trouble in self._troubles.items()
             for c in (trouble.way, trouble.login)
             if c.failures
@@ -201,7 +201,7 @@ class Breakers:
             return  # a message that breaks every session speaks of itself; if it was the one to try, the next one does
         circuit.last = id
         if not circuit.failures:
-            circuit.since = self._clock.now()
+            circuit.since = self._clock.monotonic()
         circuit.failures += 1
         circuit.reply, circuit.phase = str(outcome.reply), outcome.phase
         now, kind = self._clock.monotonic(), circuit.kind
@@ -229,12 +229,15 @@ class Breakers:
         self._journal.note("info", f"upstream {upstream} works again, after {seconds:.0f} s")
         return seconds >= _LONG_SECONDS
 
+    def _objection(self, upstream: str, circuit: _Circuit) -> Outcome:
+        since = datetime.fromtimestamp(self._epoch(circuit.since), UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        what = "has refused its credential" if circuit.kind is _LOGIN else "has failed"
+        text = f"not tried: {upstream} {what} since {since}; last: {circuit.reply}"
+        return Outcome(Status.DEFERRED, Scope.UPSTREAM, Phase.RESOLVE, Reply(0, "", text), fallback=True)
 
-def _objection(upstream: str, circuit: _Circuit) -> Outcome:
-    since = datetime.fromtimestamp(circuit.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    what = "has refused its credential" if circuit.kind is _LOGIN else "has failed"
-    text = f"not tried: {upstream} {what} since {since}; last: {circuit.reply}"
-    return Outcome(Status.DEFERRED, Scope.UPSTREAM, Phase.RESOLVE, Reply(0, "", text), fallback=True)
+    def _epoch(self, since: float) -> float:
+        """The wall time of a monotonic one, by the clock as it is set now: nothing that lasts is longer or shorter when it is set."""
+        return self._clock.now() - (self._clock.monotonic() - since)
 
 
 def _sign(outcomes: Iterable[Outcome]) -> tuple[_Sign, Outcome | None]:

@@ -5,7 +5,7 @@ Nobody else comes there in time: behind an open breaker lanes are parked, and fr
 that may be tried is left to that, however old it is.
 
 State: how far this round has come, and what it has begun. Laws: one query for all lanes; a little at a time, and more when that is
-stored, so that a hundred thousand that expire together take nobody else's turn.
+stored, so that a hundred thousand that expire together take nobody else's turn; one whose end cannot be stored stops no other's.
 """
 
 import asyncio
@@ -25,6 +25,9 @@ from relay.spool.base import Claim, MessageId, Next, Spool, Waiting
 #: can do. Fifty at once were a tenth of a second in which other mail had to wait.
 _AT_ONCE = 10
 _PAUSE_SECONDS = 0.1
+
+#: Where a pace lets the next one go so soon, what is too old has its turn, too: after a restart all of a queue may be.
+_TURN_SECONDS = 10.0
 
 #: Between pages on which there is nothing to do.
 _STEP_SECONDS = 0.05
@@ -69,10 +72,10 @@ class Rounds:
         """Do some of it. Raises SpoolError."""
         self.at = self._clock.monotonic() + _AGAIN_SECONDS  # unless the spool answers
         self._begun = [task for task in self._begun if not task.done()]
-        if not self._begun:
-            work = await (self._end_held() if self._holding else self._look())
-            self._begun = [self._own(claim, each) for claim, each in work]
-        if self._begun:
+        room = _AT_ONCE - len(self._begun)
+        work = await (self._end_held(room) if self._holding else self._look(room)) if room else []
+        self._begun += [self._own(claim, each) for claim, each in work]
+        if work or not room:
             self.at = self._clock.monotonic() + _PAUSE_SECONDS
         elif self._chosen or self._after is not None:
             self.at = self._clock.monotonic() + _STEP_SECONDS
@@ -80,18 +83,18 @@ class Rounds:
             self._settler.returned(self._returning)
             self.at = inf
 
-    async def _end_held(self) -> list[tuple[Claim, Work]]:
-        claims = await self._spool.overdue(_AT_ONCE)
-        self._holding = len(claims) == _AT_ONCE
+    async def _end_held(self, room: int) -> list[tuple[Claim, Work]]:
+        claims = await self._spool.overdue(room)
+        self._holding = len(claims) == room
         return [(claim, partial(self._settler.give_up, claim, "")) for claim in claims]
 
-    async def _look(self) -> list[tuple[Claim, Work]]:
+    async def _look(self, room: int) -> list[tuple[Claim, Work]]:
         """Some of what is old; of all that waits, while there may be mail that can go home."""
         if not self._chosen and self._after is not None:
             youngest = self._clock.now() - (0.0 if self._returning else self._youngest_seconds)
             page, self._after = await self._spool.oldest(self._after, youngest)
             self._chosen = [waiting.id for waiting in page if self._concerns(waiting)]
-        now = self._chosen[:_AT_ONCE]
+        now = self._chosen[:room]
         claims = await self._spool.late(now) if now else ()
         del self._chosen[: len(now)]
         return [(claim, self._work(claim)) for claim in claims]
@@ -102,7 +105,7 @@ class Rounds:
         if pace is None and not self._breakers.ready_at(upstream):
             return False
         age, retry = self._clock.now() - waiting.created, self._settler.retry_of(waiting.lane)
-        if age >= retry.expire or (waiting.unwarned and retry.warn_after is not None and age >= retry.warn_after):
+        if (age >= retry.expire and _lasts(pace)) or (waiting.unwarned and retry.warn_after is not None and age >= retry.warn_after):
             return True
         return pace is not None and self._settler.home_of(waiting.lane) is not None
 
@@ -117,7 +120,7 @@ class Rounds:
         if (home := settler.home_of(lane)) is not None and not any(r.in_doubt for r in claim.envelope.recipients):
             return partial(settler.settle, claim, Result(untried(claim), Next(now, home, counted=False)))
         reason = f"{lane.upstream} {pace.reason()}"
-        if now >= claim.created + settler.retry_of(lane).expire:
+        if now >= claim.created + settler.retry_of(lane).expire and _lasts(pace):
             return partial(settler.give_up, claim, "", waited_for=reason)
         return partial(settler.keep, claim, reason)
 
@@ -125,3 +128,8 @@ class Rounds:
         """The pace that lets nothing go to an upstream now."""
         pace = self._pace_of(upstream)
         return pace if pace is not None and pace.room() <= 0 else None
+
+
+def _lasts(pace: Pace | None) -> bool:
+    """Whether what has to wait, for this pace or for an open breaker, has to for a while."""
+    return pace is None or pace.wait() > _TURN_SECONDS

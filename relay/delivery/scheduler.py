@@ -132,7 +132,7 @@ class Scheduler:
     # -- the service ------------------------------------------------------------------------------------------------------
 
     async def serve(self) -> None:
-        """Run until cancelled. Ends only with what must stop the process. Trouble of the spool that lasts is told each time half as often."""
+        """Run until cancelled. Ends only with what must stop the process. Lasting trouble of the spool is told each time half as often."""
         failures = 0
         while True:
             self._changed.clear()

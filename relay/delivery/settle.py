@@ -5,6 +5,7 @@ bounce is durable in the same step that ends its message; an outcome that cannot
 """
 
 import asyncio
+import math
 import random
 from collections.abc import Collection, Sequence
 
@@ -64,6 +65,7 @@ class Settler:
             return await self._move(claim, result)
         if all(outcome.status is Status.SENT for outcome in result.outcomes.values()):
             return await self._finish(claim, result)
+        claim = await self._dated(claim)
         return await self._conclude(claim, result, self._plan(claim, result))
 
     def retry_of(self, lane: Lane) -> Retry:
@@ -100,6 +102,16 @@ class Settler:
         if not await self._store(Settlement(report.claim, kept.outcomes, then, report.draft, tried=False)):
             return []
         return [then, *self._tell_report(report)]
+
+    async def _dated(self, claim: Claim) -> Claim:
+        """Before a message is found to be old: it may only look like it, as wall time was set while it was tried."""
+        retry = self._router.retry_of(claim.lane.route)
+        if self._clock.now() - claim.created < min(retry.expire, retry.warn_after or math.inf):
+            return claim
+        try:
+            return await self._spool.dated(claim)
+        except SpoolError:  # its record cannot be read: what is known of it must do
+            return claim
 
     def _plan(self, claim: Claim, result: Result) -> Plan:
         route, now, lane = self._router.route(claim.lane.route), self._clock.now(), claim.lane

@@ -176,8 +176,18 @@ def rest_place(folder: Path, name: str, message_id: str, *, word: str) -> Path:
 
 
 def rests_of(folder: Path, message_id: str) -> list[Path]:
-    """What waits for the message to be in custody."""
-    return [folder / name for name in sorted(os.listdir(folder)) if (found := _REST.fullmatch(name)) and found[2] == message_id]
+    """What waits for the message to be in custody, of what we have written: by another's file a drop of somebody else could be replaced."""
+    with os.scandir(folder) as entries:
+        found = [entry for entry in entries if (rest := _REST.fullmatch(entry.name)) and rest[2] == message_id and _is_ours(entry)]
+    return sorted(folder / entry.name for entry in found)
+
+
+def _is_ours(entry: "os.DirEntry[str]") -> bool:
+    try:
+        status = entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
 
 
 def move_rests(places: Iterable[Path], aside: Path) -> list[Path]:

@@ -266,6 +266,10 @@ class Spool(Protocol):
         """End a claim. Raises LeaseLost when the claim is no longer ours, SpoolError when it could not be stored."""
         ...
 
+    async def dated(self, claim: Claim) -> Claim:
+        """The same claim, with the time of acceptance as the clock has it now, which may have been set since the claim was made."""
+        ...
+
     async def renew(self, claims: Sequence[Claim]) -> Sequence[Claim]:
         """Prolong claims. Those that were lost are missing from the answer."""
         ...
@@ -292,7 +296,8 @@ class Spool(Protocol):
         ...
 
     async def late(self, ids: Sequence[MessageId]) -> Sequence[Claim]:
-        """Claim those of these messages that still wait, to be given up, moved to another lane, or put back: not for an attempt."""
+        """Claim those of these messages that still wait and are due: to be given up, moved to another lane, or put back, and not for an
+        attempt."""
         ...
 
     async def hasten(self, lane: Lane) -> bool:

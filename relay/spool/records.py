@@ -44,6 +44,8 @@ def unpack_recipients(text: str, *, in_doubt: bool = False) -> tuple[Recipient, 
 
     Raises ValueError for a text that damage has made something else.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"recipients that are none: {text!r}")
     if text[:1] != "[":
         return (Recipient(text, in_doubt=in_doubt),)
     try:

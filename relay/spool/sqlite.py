@@ -74,6 +74,7 @@ class SqliteSpool:
         """Raises SpoolInUse when another relay holds `directory`, SpoolDamaged when it holds no spool, SpoolError when it fails."""
         self._clock = clock
         self._steps = Steps(clock)
+        self._step = 0.0  # by which the clock was set, and what is stored does not know it yet
         self._backoff = backoff
         self._quarantined = quarantined
         self._keep_log_seconds = keep_log_seconds
@@ -257,6 +258,11 @@ class SqliteSpool:
         self._note(())
         return unneeded
 
+    async def dated(self, claim: Claim) -> Claim:
+        await self._keep_step()
+        created: float | None = await self._ask(self._claims.created, number_of(claim.id))
+        return claim if created is None else claim._replace(created=created)
+
     async def renew(self, claims: Sequence[Claim]) -> Sequence[Claim]:
         now, until = self._clock.monotonic(), self._clock.now() + LEASE_SECONDS
         renewed = []
@@ -279,8 +285,14 @@ class SqliteSpool:
 
     async def _keep_step(self) -> None:
         """Before times are compared: whether the clock that wrote them is still this one."""
-        if step := self._steps.last():
-            await self._ask(self._claims.step, (step, self._clock.now()))
+        self._step += self._steps.last()
+        if step := self._step:
+            self._step = 0.0
+            try:
+                await self._ask(self._claims.step, (step, self._clock.now()))
+            except SpoolError:
+                self._step += step
+                raise
 
     # -- the operator's verbs -----------------------------------------------------------------------------------------
 
@@ -363,8 +375,8 @@ class SqliteSpool:
                 self._database.execute(f"PRAGMA incremental_vacuum({_FREE_PAGES // 4})").fetchall()
         except apsw.CorruptError:  # a page of the delivery log, which then grows: mail can be taken and sent all the same
             self._room.works(_CHECKPOINT)
-        except apsw.Error as error:  # nothing is lost: it is tried again
-            self._room.failed(_CHECKPOINT, storage_fault(error))
+        except Exception as error:  # nothing is lost: it is tried again, and what was committed before is
+            self._room.failed(_CHECKPOINT, storage_fault(error) if isinstance(error, apsw.Error) else SpoolError(f"local error: {error}"))
         else:
             self._room.works(_CHECKPOINT)
 

@@ -29,6 +29,9 @@ LEASE_SECONDS = 15 * 60
 _READ_AGAIN_SECONDS = 5 * 60
 _FOREVER = float("inf")
 _UNKNOWN = Lane("", "")
+#: What `MESSAGE` gives. One bit of a record's header says whether a value is text, a number, octets or nothing.
+_KINDS = [str, str, int, int, int, int, int, float, str, str, str, bytes, int, str]
+_OF_ANOTHER_KIND = "a value is of another kind than it was"
 _PAGE_ROWS = 500
 _LOOK_ROWS = 200
 
@@ -54,6 +57,10 @@ class Again(Exception):
 
     def __init__(self, argument: object = None) -> None:
         self.argument = argument
+
+
+class _Unsound(Exception):
+    """An index has values that no record of ours can have."""
 
 
 class Claims:
@@ -103,8 +110,8 @@ class Claims:
         return [self._take_some(self._find(sql.OVERDUE, (now, limit + len(self._unreadable)))[:limit], now) for limit, now in arguments]
 
     def late(self, arguments: list[tuple[Sequence[int], float]]) -> list[list[tuple[Claim, Lease]]]:
-        """Those of these messages that still wait, now, for something else than an attempt."""
-        return [self._take_some(self._find(sql.LATE, (json.dumps(numbers),)), now) for numbers, now in arguments]
+        """Those of these messages that still wait and are due, now, for something else than an attempt."""
+        return [self._take_some(self._find(sql.LATE, (json.dumps(numbers), now)), now) for numbers, now in arguments]
 
     def hasten(self, arguments: list[tuple[Lane, float]]) -> list[int]:
         """Make one page of what waits in a lane due at this time; answers how much that was."""
@@ -165,6 +172,11 @@ class Claims:
             self._database.execute(sql.STEP_FORWARD if step > 0 else sql.STEP_BACK, {"step": step, "now": now})
         return [None] * len(arguments)
 
+    def created(self, numbers: list[int]) -> list[float | None]:
+        """When each of these messages was accepted; None for what is gone."""
+        rows: list[Any] = [self._database.execute(sql.CREATED, (number,)).fetchone() for number in numbers]
+        return [row[0] if row is not None else None for row in rows]
+
     def leave(self, number: int, reason: str) -> None:
         """Mark a message as held where it stands, without touching more of the database than its own page."""
         if self._unreadable.get(number) == _FOREVER:
@@ -210,8 +222,11 @@ class Claims:
         if self._broken_index:
             self.mend([None])
         try:
-            return self._database.execute(statement, values).fetchall()
-        except DAMAGE as error:
+            rows = self._database.execute(statement, values).fetchall()
+            if any(value is None or type(value) is bytes for row in rows for value in row):
+                raise _Unsound
+            return rows
+        except (*DAMAGE, _Unsound) as error:
             if self._mended and isinstance(error, apsw.CorruptError):
                 raise
             self._broken_index, self._misnamed = not self._mended, self._mended
@@ -221,10 +236,12 @@ class Claims:
         """What names no lane that could be claimed, as the text of its upstream or route is none any more."""
         found = False
         rows: Any = self._database.execute(sql.NAMES).fetchall()
-        for number, upstream, route in rows:
+        for number, sound, upstream, route in rows:
             try:
+                if not sound:
+                    raise ValueError(_OF_ANOTHER_KIND)
                 _ = upstream.decode(), route.decode()
-            except UnicodeDecodeError as error:
+            except ValueError as error:
                 found = True
                 self._put_aside(number, _UNKNOWN, f"its record in the spool is damaged: {error}")
         if not found:
@@ -257,6 +274,8 @@ class Claims:
 
     def _read(self, number: int, row: Any, token: int, now: float) -> tuple[Claim, Lease]:
         """Raises ValueError, Again and apsw.Error."""
+        if list(map(type, row)) != _KINDS:
+            raise ValueError(_OF_ANOTHER_KIND)
         upstream, route, content_number, filed, shared, attempts, doubt, created, sender, recipients, facts_text, prefix, size, held = row
         origin, summary, facts = unpack_facts(facts_text)
         envelope = unpack_envelope(sender, unpack_recipients(recipients, in_doubt=bool(doubt)), facts)

@@ -143,12 +143,13 @@ CONTINUE = """UPDATE message SET token = NULL, upstream = ?, route = ?, due = ?,
     doubt = 0, reply = ifnull(?, reply) WHERE id = ? AND token = ?"""
 CLAIMABLE = """SELECT id FROM message
     WHERE upstream = ? AND route = ? AND (attempts > 0) = ? AND due <= ? AND token IS NULL AND held = '' ORDER BY due LIMIT ?"""
-LATE = "SELECT id FROM message WHERE id IN (SELECT value FROM json_each(?)) AND token IS NULL AND held = '' ORDER BY id"
+LATE = "SELECT id FROM message WHERE id IN (SELECT value FROM json_each(?)) AND token IS NULL AND held = '' AND due <= ? ORDER BY id"
 LATER = """SELECT id FROM message
     WHERE upstream = ? AND route = ? AND (attempts > 0) = ? AND due > ? AND token IS NULL AND held = '' LIMIT ?"""
 OVERDUE = "SELECT id FROM message WHERE held != '' AND token IS NULL AND due <= ? ORDER BY due LIMIT ?"
 MESSAGE = """SELECT upstream, route, content, filed, shared, attempts, doubt, created, sender, recipients, facts, prefix, size, held
     FROM message WHERE id = ? AND token IS NULL"""
+CREATED = "SELECT created FROM message WHERE id = ?"
 CLAIM = "UPDATE message SET token = ?, attempts = attempts + 1, due = ? WHERE id = ?"
 TAKE = "UPDATE message SET token = ? WHERE id = ?"
 QUARANTINE = "UPDATE message SET held = ?, due = 9e999 WHERE id = ? AND token IS NULL"
@@ -163,7 +164,8 @@ FIRST_RETRIED = """SELECT due FROM message WHERE token IS NULL AND held = '' AND
     ORDER BY due LIMIT 1"""
 NEXT_DUE_BUT = """SELECT upstream, route, min(due) FROM message
     WHERE token IS NULL AND held = '' AND id NOT IN (SELECT value FROM json_each(?)) GROUP BY upstream, route"""
-NAMES = "SELECT id, CAST(upstream AS BLOB), CAST(route AS BLOB) FROM message NOT INDEXED WHERE token IS NULL AND held = ''"
+NAMES = """SELECT id, typeof(upstream) = 'text' AND typeof(route) = 'text' AND typeof(due) = 'real', CAST(upstream AS BLOB),
+    CAST(route AS BLOB) FROM message NOT INDEXED WHERE token IS NULL AND held = ''"""
 FORGET_LOG = "DELETE FROM log WHERE number IN (SELECT number FROM (SELECT number, time FROM log ORDER BY number LIMIT ?2) WHERE time < ?1)"
 TAKE_OVER = "UPDATE message SET token = NULL, doubt = doubt OR token > 0 WHERE token IS NOT NULL"
 TAKE_OVER_ONE = f"{TAKE_OVER} AND id = ?"

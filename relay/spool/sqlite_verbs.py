@@ -78,6 +78,16 @@ class _Row(NamedTuple):
     held: str
 
 
+_KINDS = [int, int, str, str, int, int, int, int, float, str, str, str, int, str]
+
+
+def _row_of(values: Sequence[Any]) -> _Row:
+    """The row, with nothing in place of a value that damage has made one of another kind."""
+    if list(map(type, values)) != _KINDS:
+        values = [value if type(value) is kind else kind() for value, kind in zip(values, _KINDS, strict=True)]
+    return _Row(*values)
+
+
 class Verbs:
     """Applies pages. Every method takes those of one batch and gives one step for each."""
 
@@ -204,7 +214,7 @@ class Verbs:
             found, after, damaged = read_page(fetch, after=page.after, until=page.until, limit=_PAGE_ROWS)
             if damaged:
                 raise Again(page._replace(hole=(len(found), after)))
-        return [_Row(*row) for row in found], after
+        return [_row_of(values) for values in found], after
 
     def _log(self, page: Page, rows: Sequence[_Row], status: str, reason: Callable[[_Row], str]) -> None:
         lines: list[tuple[object, ...]] = []

@@ -718,6 +718,17 @@ async def test_what_waits_is_claimed_by_its_id_for_something_else_than_an_attemp
     assert {(claim.id, claim.attempt) for claim in await house.claim()} == {(second, 1), (beside, 1)}
 
 
+async def test_what_was_tried_and_put_off_since_it_was_looked_at_is_not_claimed_by_its_id(house: House) -> None:
+    now = house.clock.now()
+    await house.put(tried := draft(house.spool, created=now, due=now))
+    (waiting,), _ = await house.spool.oldest("", now)
+    (claim,) = await house.claim()
+    await house.spool.settle(settlement(claim, DEFERRED, then=house.later(3600)))
+    assert await house.spool.late([waiting.id]) == []
+    house.clock.advance(3600)
+    assert [claim.id for claim in await house.spool.late([waiting.id])] == [tried.id]
+
+
 async def test_all_that_waits_in_a_lane_is_made_due_in_steps(house: House) -> None:
     now = house.clock.now()
     fresh = [draft(house.spool, due=now + 100 + number) for number in range(1100)]

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,14 @@ import apsw
 import pytest
 
 from relay.clock import ManualClock, SystemClock
+from relay.delivery.attempt import Result
+from relay.delivery.breaker import Breakers
+from relay.delivery.settle import Settler
+from relay.observe.metrics import Metrics
+from relay.routing import Router
 from relay.spool import commit, room, sqlite_batch
 from relay.spool import sqlite_schema as sql
-from relay.spool.base import EVERYTHING, FILE_ABOVE_BYTES, Next, SpoolFull
+from relay.spool.base import EVERYTHING, FILE_ABOVE_BYTES, Lane, Next, SpoolError, SpoolFull
 from relay.spool.sqlite import SqliteSpool
 from tests.contract.drafts import DEFERRED, LANE, draft, octets_of, settlement
 from tests.crash.failing import FailingDisk, failing_disk
@@ -20,6 +26,7 @@ from tests.crash.load import config
 from tests.support.process import RelayDied, RelayProcess
 from tests.support.upstream import Hold, ScriptedUpstream
 from tests.system.relays import Running, running, to
+from tests.unit.delivery import Log, config_of
 
 SMALL, LARGE, SPILLED = 500, FILE_ABOVE_BYTES + 1000, 2 * 1024 * 1024
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -390,6 +397,40 @@ async def test_a_clock_that_is_set_forward_makes_no_mail_old(tmp_path: Path, ste
     assert await spool.overdue(10) == []
     clock.advance(1)
     assert [claim.id for claim in await spool.overdue(10)] == [held.id]
+    await spool.close()
+
+
+async def test_a_clock_that_is_set_forward_gives_nothing_up_that_is_being_tried(tmp_path: Path) -> None:
+    clock, lane = ManualClock(), Lane("acme", "acme")
+    spool, log, metrics = open_spool(tmp_path / "spool", clock), Log(tmp_path, clock), Metrics()
+    settings = config_of(retry={"expire": "4h", "warn_after": "2h"})
+    breakers = Breakers(settings.retry, log.journal, metrics, clock)
+    settler = Settler(settings, Router(settings), spool, log.journal, clock, rng=random.Random(1), breakers=breakers, metrics=metrics)
+    (claim,) = await spool.put([draft(spool, lane=lane, created=clock.now(), due=clock.now())], [True])
+    assert claim is not None
+    clock.step(86_400)
+    (then,) = await settler.settle(claim, Result({"you@example.org": DEFERRED}))
+    assert then.lane == lane
+    clock.advance(4 * 3600)
+    (claim,) = await spool.claim(lane, 10)
+    assert (claim.attempt, claim.created) == (2, clock.now() - 4 * 3600)
+    (_,) = await settler.settle(claim, Result({"you@example.org": DEFERRED}))
+    assert log.names() == ["deferred", "failed", "bounced"], "its time is up when it is old"
+    await spool.close()
+
+
+async def test_a_clock_that_is_set_while_the_disk_fails_makes_no_mail_old_either(tmp_path: Path, disk: FailingDisk) -> None:
+    clock = ManualClock()
+    spool = open_spool(tmp_path / "spool", clock)
+    await spool.put([draft(spool, due=clock.now(), created=clock.now())], [False])
+    disk.fail("log write", apsw.IOError("broken"))
+    clock.step(86_400)
+    for _ in range(2):
+        with pytest.raises(SpoolError):
+            await spool.claim(LANE, 10)
+    disk.mend()
+    (claim,) = await spool.claim(LANE, 10)
+    assert claim.created == clock.now()
     await spool.close()
 
 

@@ -352,6 +352,27 @@ async def test_what_only_looks_as_if_it_had_been_taken_is_taken(tmp_path: Path) 
         await eventually(lambda: os.listdir(found.folder) == [], "the rest of an attempt that came to nothing to go, too")
 
 
+async def test_nobody_else_s_drop_goes_because_of_what_looks_like_a_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody may leave any file there, and read the ids of his own messages and the names of others' drops."""
+    async with yard(tmp_path) as found:
+        found.leave()
+        await found.empty()
+        known = found.front.taken[0].id
+        found.front.spool.ill = "disk on fire"
+        victim = found.leave("her@example.org", content=b"Subject: precious\r\n\r\n")
+        stranger = os.geteuid() + 1
+        monkeypatch.setattr(os, "geteuid", lambda: stranger)
+        for word in ("later", "never"):
+            (found.folder / f".{victim}.{known}.{word}").write_bytes(GOOD)
+        (found.aside / "kept.S1").write_bytes(b"refused")
+        (found.folder / f".kept.S1.{known}.never").write_bytes(b"forged")
+        found.lay(GOOD, f"0001-forged~{known}")
+        found.front.spool.ill = None
+        await eventually(lambda: not [name for name in os.listdir(found.folder) if not name.startswith(".")], "all drops to be taken")
+        assert (found.aside / "kept.S1").read_bytes() == b"refused"
+    assert [message.recipients for message in found.front.taken] == [("you@example.org",), ("her@example.org",)]
+
+
 async def test_unfinished_files_are_left_alone_for_a_day(tmp_path: Path) -> None:
     async with yard(tmp_path) as found:
         for name, age in ((".new", 0.0), (".old", 90_000.0)):

@@ -290,3 +290,45 @@ def counted(asked: Counter[str], name: str, method: Callable[..., Any]) -> Calla
         return await method(*arguments)
 
     return count
+
+
+# -- one that cannot be ended ----------------------------------------------------------------------------------------------
+
+
+async def test_one_whose_end_cannot_be_stored_keeps_nobody_else_from_his(
+    build: Callable[..., House], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = build()
+    await house.put(ACME, 401, told=True)
+    await house.rest()
+    settle, stuck, found = house.spool.settle, set[MessageId](), asyncio.Event()
+
+    async def fail(settlement: Settlement) -> None:
+        if settlement.claim.token < 0 and not stuck:
+            stuck.add(settlement.claim.id)
+            await found.wait()
+        await settle(settlement)
+
+    monkeypatch.setattr(house.spool, "settle", fail)
+    await house.pass_time(2 * HOUR + 60, step=20)
+    await house.pass_time(20, step=0.1)
+    others = len(ended(house))
+    asked = Counter[str]()
+    monkeypatch.setattr(house.spool, "oldest", counted(asked, "oldest", house.spool.oldest))
+    await house.pass_time(180, step=1)
+    found.set()
+    await house.rest()
+    assert stuck <= ended(house)
+    assert others == 400
+    assert 3 <= asked["oldest"] <= 4, "one round a minute, as ever"
+
+
+async def test_mail_that_is_old_and_only_has_to_wait_its_turn_at_a_steady_pace_is_tried(build: Callable[..., House]) -> None:
+    house = build(upstreams={"acme": {"limits": {"rate": "10/s"}}})
+    house.down.clear()
+    for _ in range(100):
+        await put(house)
+    house.clock.advance(3 * DAY)  # as if it had not run meanwhile
+    await house.pass_time(60, step=0.03)
+    assert ended(house) == set()
+    assert house.sent("acme") == 100

@@ -65,6 +65,16 @@ class Attic:
         with closing(apsw.Connection(str(self.directory / DATABASE))) as database:
             database.execute(statement, values)
 
+    def make_lax(self, column: str) -> None:
+        """Let a column have any value, as damage would: its declared type converts none, and it may be NULL."""
+        with closing(apsw.Connection(str(self.directory / DATABASE))) as database:
+            database.pragma("writable_schema", True)
+            declared = sql.SCHEMA.partition("CREATE TABLE message (")[2].partition(f"\n    {column} ")[2].partition("NOT NULL")[0]
+            database.execute(
+                "UPDATE sqlite_schema SET sql = replace(sql, ?, ?) WHERE name = 'message'",
+                (f" {column} {declared}NOT NULL", f" {column}{' ' + declared if declared == 'REAL ' else ''}"),
+            )
+
     def view(self) -> SqliteView:
         return SqliteView(self.directory, self.clock)
 
@@ -122,6 +132,37 @@ async def test_what_waits_is_shown_and_claimed_around_damage(attic: Attic, where
         await spool.settle(settlement(claim, FAILED))
     (again, _) = await spool.oldest("", attic.clock.now())
     assert await spool.late([waiting.id for waiting in again]) == []
+    await spool.close()
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        (column, value)
+        for column in ("attempts", "created", "recipients", "sender", "facts", "prefix", "size", "upstream", "route", "due", "doubt")
+        for value in ("NULL", "x'61'", "7")
+        if (column, value) != ("prefix", "x'61'") and (value != "7" or column not in ("attempts", "doubt", "due", "created", "size"))
+        if (column, value) != ("created", "x'61'")  # later than any number: a clock that was ahead, which a start puts right
+    ],
+)
+async def test_one_bit_that_makes_a_value_of_another_kind_keeps_nobody_else_waiting(attic: Attic, column: str, value: str) -> None:
+    """A bit of a record's header says whether a value is text, a number, octets or nothing."""
+    drafts = await attic.fill(10)
+    attic.make_lax(column)
+    attic.change(f"UPDATE message SET {column} = {value} WHERE id = {number_of(drafts[4].id)}")
+    spool = attic.open()
+    assert LANE in await spool.next_due()
+    page, _ = await spool.oldest("", attic.clock.now())
+    assert {each.id for each in drafts} - {drafts[4].id} <= {waiting.id for waiting in page}
+    late = await spool.late([drafts[0].id, drafts[4].id])
+    claimed = [claim.id for claim in [*late, *await spool.claim(LANE, 100)]]
+    await spool.next_due()
+    await spool.next_due()
+    assert sorted(claimed) == [each.id for each in drafts if each is not drafts[4]]
+    assert drafts[4].id in {id for id, _, _ in attic.told}
+    with closing(attic.view()) as view:
+        assert [queued.id for queued in view.queued(Selection(state="held"))] == [drafts[4].id]
+    assert await spool.drop(Selection(ids=frozenset({drafts[4].id}))) == [drafts[4].id]
     await spool.close()
 
 
