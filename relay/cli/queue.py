@@ -73,12 +73,11 @@ def _whole(view: "SqliteView") -> int:
 
 
 def _row(queued: "Queued", now: float) -> tuple[str, ...]:
-    from relay.cli.table import age, size
+    from relay.cli.table import age, size, wait
 
     names = list(queued.recipients[:_SHOWN_RECIPIENTS])
     names += [f"and {len(queued.recipients) - len(names)} more"] if len(queued.recipients) > len(names) else []
-    waits = "now" if queued.due <= now else f"in {age(queued.due - now)}"
-    following = waits if queued.state in ("due", "deferred") else "-"
+    following = wait(queued.due - now) if queued.state in ("due", "deferred") else "-"
     reply = f"held: {queued.held}" if queued.held else queued.last_reply
     return (
         queued.id, queued.state, age(now - queued.created), str(queued.attempts), size(queued.size), queued.lane.route,

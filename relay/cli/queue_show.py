@@ -85,9 +85,9 @@ def _rows(queued: "Queued", details: "Details", now: float) -> Iterator[tuple[st
 
 def waits(queued: "Queued", now: float) -> str:
     """The state of a queued message and what happens to it next, for a person."""
-    from relay.cli.table import age
+    from relay.cli.table import wait
 
-    soon = "now" if queued.due <= now else f"in {age(queued.due - now)}"
+    soon = wait(queued.due - now)
     if queued.state == "active":
         return f"active: being attempted at {queued.lane.upstream}"
     if queued.state != "held":

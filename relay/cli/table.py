@@ -56,6 +56,11 @@ def age(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def wait(seconds: float) -> str:
+    """`now`, `in 12 s`: as `age`, of what is still to come."""
+    return "now" if seconds < 1 else f"in {age(seconds)}"
+
+
 def moment(seconds: float) -> str:
     """ISO 8601, UTC, with milliseconds."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -15,8 +15,9 @@ _LOCAL_LIMIT_OCTETS = 128
 _DOMAIN_LIMIT_OCTETS = 255
 _ADDRESS_LIMIT_OCTETS = 254  # a path of 256 without its brackets
 
-# Patterns of longer addresses are not kept: all of dots and plus signs, 254 octets have 35 KB of them.
+# Patterns of longer addresses, and of those with more dots and plus signs, are not kept: 254 octets may have 35 KB of them.
 _REMEMBERED_LENGTH = 80
+_REMEMBERED_PARTS = 8
 
 _ATEXT = r"A-Za-z0-9!#$%&'*+/=?^_`{|}~\-"
 _LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
@@ -113,7 +114,8 @@ def folded(address: str) -> str:
 
 def patterns_for(address: str) -> tuple[str, ...]:
     """Every condition that this address meets: itself without its tag and with it, its domain, those above as `*.`, and `*`."""
-    return _patterns(address) if len(address) <= _REMEMBERED_LENGTH else _patterns.__wrapped__(address)
+    ordinary = len(address) <= _REMEMBERED_LENGTH and address.count(".") + address.count("+") <= _REMEMBERED_PARTS
+    return _patterns(address) if ordinary else _patterns.__wrapped__(address)
 
 
 @lru_cache(maxsize=8192)

@@ -141,6 +141,10 @@ SAYINGS: Mapping[str, tuple[str, ...]] = {
         "throttl", "too many connections", "too many concurrent", "concurrent connections", "connection limit", "rate limit", "ratelimit",
         "rate overlimit", "sending rate", "too many messages", "too much mail", "server busy",
     ),
+    "session full": (
+        "messages in this connection", "messages in this session", "message per connection", "messages per connection",
+        "messages per session", "messages on this connection",
+    ),
     "used up": (
         "sending limit", "sending quota", "daily message quota", "quotaexceededexception", "daily limit", "hourly limit", "emails per hour",
         "has exceeded permitted limits", "maximum credits",
@@ -173,6 +177,8 @@ TABLE: tuple[Row, ...] = (
     # -- codes that ask us to slow down: wait, no fallback ----------------------------------------------------------------
     # RFC 3207 gives 454 to a server whose TLS is broken, and many send it with 4.7.0: that is no request to slow down.
     Row((Phase.STARTTLS,), ("454", "", ""), _DEFERRED, _UPSTREAM, "TLS is not available there", fallback=True),
+    # Exim's words, and Yahoo's: the next connection is welcome at once.
+    Row((Phase.MAIL,), ("421", "", "session full"), _DEFERRED, _UPSTREAM, "no more mail on this connection", fallback=True),
     Row(_ANY, ("421", "", "used up"), _DEFERRED, _UPSTREAM, "a quota is used up", throttled=True, meaning=_QUOTA),
     Row(_ANY, ("454", "4.7.0", ""), _DEFERRED, _UPSTREAM, "throttled", throttled=True, meaning=_THROTTLED),
     Row(_ANY, ("432", "4.3.2", ""), _DEFERRED, _UPSTREAM, "throttled: too many connections", throttled=True, meaning=_THROTTLED),
@@ -256,11 +262,12 @@ TABLE: tuple[Row, ...] = (
 )
 
 #: What a reply repeats of a message are words of anybody's choice: neither throttle@example.com nor the subject "Rate limit" is a request
-#: to slow down. Addresses, links, subjects and quotations are taken out; a quotation at the beginning is the reply itself.
+#: to slow down. Addresses, links, subjects and quotations are taken out; a quotation at the beginning is the reply itself, and stays. None
+#: looks for its end past the beginning of another one: 2,000 of them would be quadratic.
 _REPEATED = re.compile(
-    r"""<[^<>]*> | (?<![^\s<>:;,()])[^\s<>:;,()@]+@[^\s<>:;,()]+
+    r"""^("[^"@</]*" | '[^'`@</]*'(?!\w)) | <[^<>]*> | (?<![^\s<>:;,()])[^\s<>:;,()@]+@[^\s<>:;,()]+
     | \bhttps?://[^\s<>"]+ | \bwww\.[^\s<>"]+ | \bsubject\s*[:=].*
-    | (?<!^)(?<!\w) (?: "[^"]*" | “[^”]*” | ‘[^’]*’ | «[^»]*» | '[^'`]*'(?!\w) | `[^'`]*['`] )""",
+    | (?<!^)(?<!\w) (?: "[^"]*" | “[^“”]*” | ‘[^‘’]*’ | «[^«»]*» | '[^'`]*'(?!\w) | `[^'`]*['`] )""",
     re.VERBOSE,
 )
 
@@ -291,7 +298,7 @@ def row_for(phase: Phase, event: Reply | Failure, *, own: Sequence[Row] = ()) ->
     if isinstance(event, Failure):
         rows: Sequence[Row] = TABLE
     else:
-        rows, event = (*own, *_BY_DIGIT[phase, f"{event.code:03}"[0]]), event._replace(text=_REPEATED.sub("<>", event.text.lower()))
+        rows, event = (*own, *_BY_DIGIT[phase, f"{event.code:03}"[0]]), event._replace(text=_REPEATED.sub(r"\1<>", event.text.lower()))
     for row in rows:
         if phase in row.phases and _fits(row.event, event):
             return row

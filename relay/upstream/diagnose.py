@@ -209,7 +209,7 @@ class Examination:
         except CannotOpen as error:
             outcome, failure = error.outcome, error.failure
             self._note_login(host, settings, outcome)
-            trouble = await self._explain(outcome, failure, host, where, time.monotonic() - last, seen)
+            trouble = await self._explain(outcome, failure, host, where, time.monotonic() - last, seen, meaning=error.meaning)
             return Trial(host, where, steps, trouble)
         self._note_login(host, settings, None)
         try:
@@ -262,10 +262,12 @@ class Examination:
     # -- what it means ----------------------------------------------------------------------------------------------------
 
     async def _explain(
-        self, outcome: Outcome, failure: Failure | None, host: str, address: str, seconds: float, seen: Seen
+        self, outcome: Outcome, failure: Failure | None, host: str, address: str, seconds: float, seen: Seen, *,
+        meaning: Meaning | None = None,
     ) -> Trouble:  # fmt: skip
         upstream, reply = self._upstream, outcome.reply
-        meaning = row_for(outcome.phase, failure or reply, own=upstream.replies).meaning if failure or reply.code else Meaning.OTHER
+        if meaning is None:
+            meaning = row_for(outcome.phase, failure or reply, own=upstream.replies).meaning if failure or reply.code else Meaning.OTHER
         if meaning is Meaning.CREDENTIAL and upstream.by_token:
             meaning = Meaning.TOKEN  # servers refuse a token in the words that they have for a password
         here = upstream.source_address or seen.here or (address_towards(address) if address else "")

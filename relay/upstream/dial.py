@@ -5,7 +5,8 @@ a dead IPv6 address in front of a living IPv4 one must cost a quarter of a secon
 resolver: it has two or four threads for everybody, and so many names whose servers are silent would stop the mail of all upstreams
 (law 7). A name is asked for once, both families together: the resolver asks for them at the same time and sorts them (RFC 6724).
 
-State: the names that are being looked up.
+State: the names that are being looked up, and the addresses that have failed lately: they come after the others of their name, so that one
+that takes connections and opens no session does not have all the mail.
 """
 
 import asyncio
@@ -29,6 +30,9 @@ _HEAD_START_SECONDS = 0.25
 #: More addresses of one name are not tried; the largest providers have eight of each family. Postfix stops at five.
 _ADDRESSES_LIMIT = 16
 
+#: So long an address that has failed stands behind the others, as a host does (`upstream.hosts`).
+_BEHIND_SECONDS = 300.0
+
 _Found = list[tuple[int, Any]]
 
 
@@ -37,6 +41,7 @@ class Names:
 
     def __init__(self) -> None:
         self._asked: dict[tuple[str, int, int], asyncio.Future[_Found | Exception]] = {}
+        self._behind: dict[Any, float] = {}  # addresses, and until when (loop time)
 
     async def find(self, host: str, port: int, family: int) -> _Found:
         """Family and socket address, in the resolver's order (RFC 6724). Raises OSError and ValueError."""
@@ -53,6 +58,20 @@ class Names:
         if isinstance(found, Exception):
             raise found
         return found
+
+    def failed(self, address: Any) -> None:
+        self._behind[address] = asyncio.get_running_loop().time() + _BEHIND_SECONDS
+
+    def answered(self, address: Any) -> None:
+        self._behind.pop(address, None)
+
+    def order(self, found: _Found) -> _Found:
+        """As they are to be tried: those that have failed behind the others, the last to fail at the end."""
+        if not self._behind:
+            return found
+        now = asyncio.get_running_loop().time()
+        self._behind = {address: until for address, until in self._behind.items() if until > now}
+        return sorted(found, key=lambda each: self._behind.get(each[1], 0.0))
 
     def _ask(self, key: tuple[str, int, int]) -> None:
         loop = asyncio.get_running_loop()
@@ -84,33 +103,39 @@ class NoConnection(Exception):
         self.failure = failure
 
 
-async def dial(host: str, port: int, *, source_address: str | None, timeout_seconds: float, names: Names) -> socket.socket:
-    """A connected socket, which is then the caller's. Raises NoConnection."""
+async def dial(
+    host: str, port: int, *, source_address: str | None, timeout_seconds: float, names: Names
+) -> tuple[socket.socket, Any]:  # fmt: skip
+    """A connected socket, which is then the caller's, and the address that it leads to. Raises NoConnection."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_seconds
-    waiting = _interleaved(await _addresses(names, host, port, source_address, timeout_seconds))[:_ADDRESSES_LIMIT]
+    waiting = names.order(_interleaved(await _addresses(names, host, port, source_address, timeout_seconds)))[:_ADDRESSES_LIMIT]
     if not waiting:
         raise NoConnection(Phase.RESOLVE, Failure.UNREACHABLE, f"the name {host} has no address")
-    running: dict[asyncio.Task[socket.socket], str] = {}
+    running: dict[asyncio.Task[socket.socket], Any] = {}
     faults: dict[str, str] = {}
     try:
         while True:
             if waiting:
                 family, address = waiting.pop(0)
-                running[asyncio.create_task(_connect(family, address, source_address), name=f"dial {host}")] = address[0]
+                running[asyncio.create_task(_connect(family, address, source_address), name=f"dial {host}")] = address
             left = max(0.0, deadline - loop.time())
             patience = min(_HEAD_START_SECONDS, left / (len(waiting) + 1)) if waiting else left
             done, _ = await asyncio.wait(running, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 fault = task.exception()
                 if fault is None:
-                    del running[task]
-                    return task.result()
+                    return task.result(), running.pop(task)
                 if not isinstance(fault, OSError):
                     raise fault
-                faults[running.pop(task)] = reason_of(fault)
+                address = running.pop(task)
+                names.failed(address)
+                faults[address[0]] = reason_of(fault)
             if not waiting and not (done and running):
-                raise _no_connection(host, port, faults, unanswered=[*running.values()], timeout_seconds=timeout_seconds)
+                for address in running.values():
+                    names.failed(address)
+                unanswered = [address[0] for address in running.values()]
+                raise _no_connection(host, port, faults, unanswered=unanswered, timeout_seconds=timeout_seconds)
     finally:
         for task in running:
             task.add_done_callback(_close)

@@ -210,7 +210,8 @@ class Tokens:
         """Use it from now on; answers whether it is other than what the last request was made with."""
         if found.oauth2 == self._oauth2 and found.signed == self._asker.seen:
             return False
-        self._oauth2, self._asker.seen = found
+        # A copy, as it is by its identity that a request under way is known to be older than this.
+        self._oauth2, self._asker.seen = found.oauth2.model_copy(), found.signed
         self._token = self._trouble = None
         return True
 

@@ -16,7 +16,7 @@ from typing import NamedTuple, NoReturn, cast
 import aiosmtplib
 
 from relay.config.upstreams import Upstream
-from relay.mail.outcome import Failure, Outcome, Phase, outcome_of_failure, outcome_of_reply
+from relay.mail.outcome import Failure, Meaning, Outcome, Phase, Scope, outcome_of_failure, outcome_of_reply, row_for
 from relay.mail.reply import MalformedReply, parse_reply, told
 from relay.upstream.dial import Names, NoConnection, dial, reason_of
 from relay.upstream.echo import without_secrets
@@ -62,12 +62,19 @@ Witness = Callable[[Phase, Seen], None]
 
 
 class CannotOpen(Exception):
-    """The session could not be opened; `outcome` is what that means for every recipient. `failure`: None where a reply said so."""
+    """The session could not be opened; `outcome` is what that means for every recipient. `failure`: None where a reply said so.
+    `meaning`: of that reply as it came, where it is known and words of a secret have been taken out since."""
 
-    def __init__(self, outcome: Outcome, failure: Failure | None = None) -> None:
+    def __init__(self, outcome: Outcome, failure: Failure | None = None, *, meaning: Meaning | None = None) -> None:
         super().__init__(str(outcome.reply))
         self.outcome = outcome
         self.failure = failure
+        self.meaning = meaning
+
+    @property
+    def of_this_host(self) -> bool:
+        """Whether it speaks of one host or address, and another one may take us."""
+        return not (self.outcome.scope is Scope.CREDENTIAL or self.outcome.throttled or self.outcome.phase is Phase.AUTH)
 
 
 async def open_session(
@@ -80,7 +87,7 @@ async def open_session(
         _fail(Phase.TLS, Failure.UNTRUSTED, str(error))
     timeout = upstream.timeouts.connect
     try:
-        connection = await dial(host, upstream.port, source_address=upstream.source_address, timeout_seconds=timeout, names=names)
+        connection, address = await dial(host, upstream.port, source_address=upstream.source_address, timeout_seconds=timeout, names=names)
     except NoConnection as error:
         _fail(error.phase, error.failure, str(error))
     client = aiosmtplib.SMTP(
@@ -108,13 +115,16 @@ async def open_session(
         transport = client.transport
         if transport is None or transport.is_closing():  # it left between its last reply and now
             _fail(Phase.EHLO, Failure.CLOSED, f"{host}:{upstream.port} closed the connection before the first message")
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, CannotOpen) and error.of_this_host:
+            names.failed(address)
         transport = client.transport
         client.close()
         if transport is not None:
             # Closing waits half a minute for a server that does not answer the end of TLS, as Exim with GnuTLS does not.
             cast(asyncio.Transport, transport).abort()
         raise
+    names.answered(address)
     validity = validity_of(transport.get_extra_info("peercert"))  # taken apart with the handshake; a second time costs as much
     session = Session(Wire(cast(asyncio.Transport, transport)), _offer(client), upstream, validity=validity, limits=_limits(client))
     client.protocol = client.transport = None  # the library's two objects know each other: what TLS holds would wait for the collector
@@ -199,7 +209,8 @@ async def _authenticate(client: aiosmtplib.SMTP, host: str, upstream: Upstream) 
     except CannotOpen as error:
         reply = error.outcome.reply
         outcome = error.outcome._replace(reply=reply._replace(text=_without_secret(reply.text, upstream)))
-        raise CannotOpen(outcome, error.failure) from None
+        meaning = row_for(outcome.phase, error.failure or reply, own=upstream.replies).meaning
+        raise CannotOpen(outcome, error.failure, meaning=meaning) from None
     return chosen
 
 

@@ -134,11 +134,12 @@ class Pool:
                 session = self._take(name)
             if session is not None:
                 await self._see_off(session)
-            await self._see_off(await self._logins[name].open())
+            session = await self._logins[name].open()
+            self._dismiss(session)
         except CannotOpen as error:
             return error.outcome
         finally:
-            rides.leave()
+            self._give_back(name, session)
         return None
 
     async def _see_off(self, session: Session) -> None:
@@ -232,7 +233,7 @@ class Pool:
             try:
                 return await self._open(name, upstream, host)
             except CannotOpen as error:
-                if error.outcome.scope is Scope.CREDENTIAL or error.outcome.throttled or error.outcome.phase is Phase.AUTH:
+                if not error.of_this_host:
                     raise
                 self._hosts.failed(name, host, str(error))
         return await self._open(name, upstream, last)

@@ -28,6 +28,7 @@ _STEP_SECONDS: Final = 10.0
 _ANSWER_SECONDS: Final = 20.0
 _ANSWER_LIMIT_OCTETS: Final = 256 * 1024  # the largest tokens have some 10 KiB
 _WORDS_LIMIT: Final = 300
+_HEARD_LIMIT: Final = 4000  # characters that are looked through for secrets: of these come the words
 _PIECE: Final = 12  # characters of a secret: a machine has made it, and the names of errors are words
 _SLOW_DOWN_SECONDS: Final = 60.0
 _SLOWEST_SECONDS: Final = 3600.0
@@ -206,7 +207,7 @@ def _description(answer: Mapping[str, Any], secrets: tuple[str, ...]) -> str:
 
 def _words(text: str, secrets: tuple[str, ...]) -> str:
     """A stranger's words, fit for a log line, without what he was shown."""
-    text = without_secrets(text, [*secrets, *map(quote_plus, secrets)], piece=_PIECE)
+    text = without_secrets(text[:_HEARD_LIMIT], [*secrets, *map(quote_plus, secrets)], piece=_PIECE)
     return printable(" ".join(text.split()))[:_WORDS_LIMIT]
 
 

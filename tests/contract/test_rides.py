@@ -379,6 +379,56 @@ async def test_a_probe_that_waits_shares_a_refused_login() -> None:
         assert len(server.logins) == 1
 
 
+async def test_a_probe_that_waits_is_told_of_a_throttled_login_that_leaves_nobody_to_wait_for() -> None:
+    async with (
+        ScriptedUpstream(users={"acme": "secret-of-acme"}) as server,
+        pool_to(acme=settings(server, limits={"connections": 1}, **USER)) as pool,
+    ):
+        hold = asyncio.Event()
+        server.script("greeting", Hold(hold))
+        server.script("auth", b"454 4.7.0 Too many logins, try again later")
+        first, probe = sending(pool, b"one\r\n"), asyncio.ensure_future(pool.probe("acme"))
+        await eventually(lambda: "acme" in pool._rides and len(pool._rides["acme"]._probing) == 1)
+        hold.set()
+        assert words(await first) == ["deferred upstream auth throttled"]
+        await asyncio.sleep(0)
+        assert probe.done()
+        outcome = await probe
+        assert outcome is not None and words([outcome]) == ["deferred upstream auth throttled"]
+        assert len(server.logins) == 1
+
+
+async def test_a_probe_counts_until_its_connection_is_closed_though_it_is_cut_off() -> None:
+    async with ScriptedUpstream() as server, pool_to(acme=settings(server, limits={"connections": 1})) as pool:
+        bye = asyncio.Event()
+        server.script("quit", Hold(bye), times=1)
+        probe = asyncio.ensure_future(pool.probe("acme"))
+        await eventually(lambda: bool(server.connections) and server.connections[0].verbs[-1:] == ["QUIT"])
+        probe.cancel()
+        await asyncio.wait([probe])
+        message = sending(pool, b"one\r\n")
+        await asyncio.sleep(0)
+        assert pool._rides["acme"].waiting
+        bye.set()
+        assert all_sent(await message)
+        assert server.most_at_once == 1
+
+
+async def test_a_probe_waits_until_the_connection_whose_place_it_takes_is_closed() -> None:
+    async with ScriptedUpstream() as server, pool_to(acme=settings(server, limits={"connections": 1})) as pool:
+        assert all_sent(await sending(pool, b"one\r\n"))
+        bye = asyncio.Event()
+        server.script("quit", Hold(bye), times=1)
+        probe = asyncio.ensure_future(pool.probe("acme"))
+        await eventually(lambda: server.connections[0].verbs[-1] == "QUIT")
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert len(server.connections) == 1
+        bye.set()
+        assert await probe is None
+        assert (len(server.connections), server.most_at_once) == (2, 1)
+
+
 async def test_where_one_flight_is_enough_nobody_rides() -> None:
     async with ScriptedUpstream(offers=("CHUNKING",)) as server, pool_to(acme=settings(server)) as pool:
         assert all_sent(await pool.send("acme", outgoing(A)))

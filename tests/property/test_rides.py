@@ -1,6 +1,7 @@
 """Many messages through a pool to an upstream that answers late, in pieces and all at once, refuses, says goodbye, falls silent and
 cuts at any octet. However that goes, each message has one outcome that is true: what is sent arrived once, in its own envelope, and
-what is not did not arrive, unless it is in doubt. Afterwards nobody waits and no right to a connection is lost or was won.
+what is not did not arrive, unless it is in doubt. Afterwards nobody waits and no right to a connection is lost or was won,
+nor have there ever been more of them than allowed.
 
 Every run rolls other dice; the seed of a failed one is in its output.
 """
@@ -11,7 +12,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from random import Random, SystemRandom
 
 import pytest
@@ -19,6 +20,8 @@ import pytest
 from relay.config.upstreams import Upstream
 from relay.mail.outcome import Outcome, Status
 from relay.upstream.pool import Pool
+from relay.upstream.rides import Busy
+from relay.upstream.session import Session
 from tests.support.eventually import eventually
 from tests.system.upstreams import PATIENT, outgoing, pool_to, raw_server
 
@@ -181,7 +184,27 @@ async def fiend(dice: Random, *, connections: int) -> AsyncIterator[tuple[Fiend,
             }
         )
         async with pool_to(acme=settings) as pool:
+            count(pool, limit=connections)
             yield played, pool
+
+
+def count(pool: Pool, *, limit: int) -> None:
+    """See to it that no connection is opened beside as many as there may be, those on their way out among them."""
+    opened, opening = list[Session](), 0
+    open_one = pool._open
+
+    async def counted(name: str, upstream: Upstream, host: str) -> Session:
+        nonlocal opening
+        opened[:] = [session for session in opened if not session.ended.done()]
+        assert len(opened) + opening < limit, f"{len(opened)} connections and {opening} to be, and {limit} are allowed"
+        opening += 1
+        try:
+            opened.append(await open_one(name, upstream, host))
+            return opened[-1]
+        finally:
+            opening -= 1
+
+    pool._open = counted  # type: ignore[method-assign]
 
 
 class Mailer:
@@ -197,7 +220,8 @@ class Mailer:
         message = outgoing(*recipients, sender=f"s{number}@acme.example", octets=b"Subject: c%d\r\n\r\n.\r\n" % number)
         self.outcomes |= dict.fromkeys(recipients)
         if self._dice.random() < 0.05:
-            await self._pool.probe("acme")
+            with suppress(Busy):  # where the upstream is silent the others may keep all connections for longer
+                await self._pool.probe("acme")
         outcomes = await self._pool.send("acme", message)
         assert len(outcomes) == len(recipients)
         self.outcomes |= zip(recipients, outcomes, strict=True)

@@ -153,6 +153,10 @@ CASES: Mapping[str, Case] = {
         {"users": {USER: SECRET}}, LOGIN,
         lambda s: s.script("auth", Say(b"534 5.7.9 Application-specific password required. Learn more at example.com")), "app-password",
     ),
+    "app password, in words that are in the password": (
+        {"users": {USER: SECRET}}, {**LOGIN, "password": "Password123!"},
+        lambda s: s.script("auth", Say(b"535 5.7.8 Error: application-specific password required")), "app-password",
+    ),
     "smtp auth is off": (
         {"users": {USER: SECRET}}, LOGIN,
         lambda s: s.script("auth", Say(b"535 5.7.139 Authentication unsuccessful, SmtpClientAuthentication is disabled for the Tenant")),

@@ -498,7 +498,7 @@ async def test_a_resolver_that_hangs_is_given_up_in_time_and_holds_up_no_other_n
         return real(host, *rest)
 
     async def dialled(host: str, port: int = 25, *, seconds: float = 0.05) -> None:
-        connection = await dial_module.dial(host, port, source_address=None, timeout_seconds=seconds, names=names)
+        connection, _ = await dial_module.dial(host, port, source_address=None, timeout_seconds=seconds, names=names)
         connection.close()
 
     names = dial_module.Names()
@@ -519,6 +519,34 @@ async def test_a_resolver_that_hangs_is_given_up_in_time_and_holds_up_no_other_n
     with pytest.raises(dial_module.NoConnection, match="cannot be resolved: try again"):
         await last
     await eventually(lambda: not names._asked, "all answers")
+
+
+@pytest.mark.parametrize("said", [b"", b"554 5.3.2 not on this machine", b"\xff\r\n"])
+async def test_where_an_address_takes_connections_and_no_sessions_the_next_one_has_its_turn(
+    monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:  # fmt: skip
+    def look_up(host: str, port: int, *_: object) -> Any:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in ("127.0.0.8", "127.0.0.1")]
+
+    async def turn_away(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.append(1)
+        writer.write(said)
+        writer.close()
+
+    came: list[int] = []
+    async with ScriptedUpstream() as server:
+        broken = await asyncio.start_server(turn_away, "127.0.0.8", server.port)
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+        try:
+            async with pool_to(acme=settings(server, host="smtp.acme.example", limits={"messages_per_connection": 1})) as pool:
+                (outcome,) = await pool.send("acme", outgoing())
+                assert (outcome.status, outcome.fallback) == (Status.DEFERRED, True)
+                for _ in range(3):
+                    assert all_sent(await pool.send("acme", outgoing()))
+        finally:
+            broken.close()
+            await broken.wait_closed()
+    assert (len(came), len(server.connections)) == (1, 3)
 
 
 async def test_of_very_many_names_not_all_are_looked_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

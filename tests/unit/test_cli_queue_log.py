@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from relay.cli import main
-from relay.cli.table import Table, age, size
+from relay.cli.table import Table, age, size, wait
 from relay.clock import ManualClock
 from relay.mail.envelope import Envelope, Origin, Recipient, Summary
 from relay.mail.outcome import Phase, Status, outcome_of_reply
@@ -253,6 +253,7 @@ def test_sizes_are_words(octets: int, words: str) -> None:
 )  # fmt: skip
 def test_ages_are_words(seconds: float, words: str) -> None:
     assert age(seconds) == words
+    assert wait(seconds) == (words if words == "now" else f"in {words}")
 
 
 def test_a_table_grows_from_page_to_page_and_has_one_header() -> None:

@@ -86,8 +86,10 @@ async def connect(names: Names, *, seconds: float = 10.0, source: str | None = N
     """The address that was connected to, and after how many seconds."""
     loop = asyncio.get_running_loop()
     begun = loop.time()
-    with await dial(HOST, 587, source_address=source, timeout_seconds=seconds, names=names) as connection:
-        return connection.getpeername()[0], loop.time() - begun
+    connection, address = await dial(HOST, 587, source_address=source, timeout_seconds=seconds, names=names)
+    with connection:
+        assert connection.getpeername() == address
+        return address[0], loop.time() - begun
 
 
 async def soonest(names: Names, *, limit: float) -> tuple[str, float]:

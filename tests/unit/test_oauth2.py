@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import threading
+import time
 from base64 import urlsafe_b64decode
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -26,11 +27,12 @@ from relay.config.upstreams import Upstream
 from relay.mail.outcome import Failure, Outcome, Status
 from relay.upstream import oauth2 as oauth2_module
 from relay.upstream import token_request
-from relay.upstream.oauth2 import Tokens
+from relay.upstream.oauth2 import Found, Tokens
 from relay.upstream.pool import Pool
 from relay.upstream.token_error import TokenError
 from relay.upstream.token_store import Chain, StoreError, TokenStore, Unreadable
 from relay.upstream.token_threads import TokenThreads
+from relay.upstream.xoauth2 import initial_response
 from tests.support.certificates import Authority
 from tests.support.eventually import eventually
 from tests.support.token_server import FIRST, Answer, Close, Drip, Flood, Hang, Hold, TokenServer, refused
@@ -199,6 +201,18 @@ async def test_who_comes_after_a_change_does_not_share_the_fate_of_what_was_aske
     assert [asked["client_secret"] for asked in server.asked] == ["an-old-one-unseen", "client-secret-unseen"]
 
 
+async def test_who_comes_after_a_new_sign_in_does_not_share_the_fate_of_the_one_before_it(house: House, server: TokenServer) -> None:
+    go = asyncio.Event()
+    server.script(Hold(go), times=1)
+    before = asyncio.ensure_future(house.tokens.get())
+    await eventually(lambda: len(server.asked) == 1, "the request with the old sign-in")
+    assert house.tokens.take(Found(house.tokens._oauth2, "another sign-in"))
+    after = asyncio.ensure_future(house.tokens.get())
+    go.set()
+    assert (await before).reveal() == (await after).reveal() == server.given[-1]
+    assert len(server.asked) == 2
+
+
 # -- what servers do wrong --------------------------------------------------------------------------------------------------
 
 
@@ -331,6 +345,15 @@ async def test_nothing_that_was_shown_is_repeated(house: House, server: TokenSer
     house.settings["oauth2"]["client_secret"] = "wrong and unseen"
     house.restart()
     assert "bad secret (secret)" in str(await house.trouble())
+
+
+def test_what_a_server_says_at_length_costs_little() -> None:
+    """The loop waits for a thread that reckons."""
+    secrets = ("a-secret-unseen", FIRST * 500)
+    started = time.process_time()
+    said = token_request._words(f"The token {FIRST} is over. " * 10_000, secrets)
+    assert time.process_time() - started < 0.2  # it takes 10 ms, and a second where all of it is looked through
+    assert said.startswith("The token (secret) is over. The token (secret) is over. ") and len(said) == 300
 
 
 # -- rotation ---------------------------------------------------------------------------------------------------------------
@@ -489,7 +512,7 @@ def test_a_directory_that_is_exchanged_meanwhile_leads_root_nowhere_else(
     assert list(elsewhere.iterdir()) == []
 
 
-@pytest.mark.parametrize("trap", ["directory", "lock"])
+@pytest.mark.parametrize("trap", ["directory", "lock", "link"])
 def test_no_link_leads_root_to_files_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trap: str) -> None:
     """The spool is the service's, which may have been taken over; root signs in."""
     elsewhere, spool = tmp_path / "elsewhere", tmp_path / "spool"
@@ -505,11 +528,42 @@ def test_no_link_leads_root_to_files_elsewhere(tmp_path: Path, monkeypatch: pyte
     else:
         path.parent.mkdir(parents=True)
         (elsewhere / "secret").touch()
-        os.link(elsewhere / "secret", path.with_name(f"{path.name}%lock"))
+        (os.link if trap == "lock" else os.symlink)(elsewhere / "secret", path.with_name(f"{path.name}%lock"))
     with pytest.raises(StoreError, match="link"), store.slot("globex"):
         pass
     assert given == []
     assert {each.name for each in elsewhere.iterdir()} <= {"secret"}
+
+
+def test_a_pipe_in_the_place_of_a_token_holds_nobody_up(tmp_path: Path) -> None:
+    store = TokenStore(tmp_path, Keys(None), note=lambda _: None)
+    path = store.path("globex")
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    assert store.signed("globex") == ""
+    with store.slot("globex") as slot, pytest.raises(Unreadable):
+        slot.load()
+
+
+def test_a_token_is_on_disk_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its content before it has its name, and the name before anything else: the one before is worth nothing any more."""
+    done: list[str] = []
+    sync, rename = os.fsync, os.rename
+
+    def note_sync(descriptor: int) -> None:
+        sync(descriptor)
+        done.append("directory" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+
+    def note_rename(*arguments: Any, **more: Any) -> None:
+        rename(*arguments, **more)
+        done.append("rename")
+
+    with TokenStore(tmp_path, Keys(None), note=lambda _: None).slot("globex") as slot:
+        slot.prepare()
+        monkeypatch.setattr(os, "fsync", note_sync)
+        monkeypatch.setattr(os, "rename", note_rename)
+        slot.save(Chain("a", "b", "c"))
+        assert done == ["file", "rename", "directory"]
 
 
 async def test_two_processes_never_show_one_token_at_a_time(house: House, server: TokenServer) -> None:
@@ -761,6 +815,18 @@ async def test_passwords_are_never_fallen_back_to(tmp_path: Path, server: TokenS
         (outcome,) = await send(pool)
         assert (outcome.status, smtp.logins) == (Status.DEFERRED, [])
         assert "none of xoauth2 is offered" in str(outcome.reply)
+
+
+@pytest.mark.parametrize("shown", [slice(None), slice(60), slice(48, 70)])
+async def test_a_token_that_is_repeated_does_not_come_into_the_log(tmp_path: Path, server: TokenServer, shown: slice) -> None:
+    async with ScriptedUpstream(tokens=server.valid) as smtp, pool_to(tmp_path, smtp, server) as pool:
+        assert all_sent(await send(pool))
+        line = initial_response("mailer@globex.example", server.given[0])[shown]
+        smtp.script("mail", b"421 4.3.0 closing", times=1)
+        smtp.script("auth", b"501 5.5.2 Bad line: " + line)
+        (outcome,) = await send(pool)
+        assert "Bad line: " in outcome.reply.text and "(secret)" in outcome.reply.text
+        assert not any(line[start : start + 8].decode() in outcome.reply.text for start in range(len(line) - 7))
 
 
 async def test_the_pool_waits_at_its_end_for_a_request_under_way(tmp_path: Path, server: TokenServer) -> None:

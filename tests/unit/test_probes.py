@@ -204,6 +204,18 @@ async def test_an_upstream_that_is_busy_with_mail_is_tried_at_its_next_turn(tmp_
         assert house.counted("acme", "ok") in (1.0, 2.0, 3.0)
 
 
+async def test_a_try_for_which_there_was_no_connection_is_somebody_else_s(tmp_path: Path) -> None:
+    """The breaker lets in one at a time: nobody would ever try again."""
+    async with house_of(tmp_path, acme={"probe": "1h"}) as house:
+        house.pool.answers["acme"] = REFUSED
+        await house.passes(600)
+        assert house.breakers.admit("acme", MessageId("1")) is not None
+        house.pool.answers["acme"] = Busy()
+        await house.passes(86_400)
+        assert len(house.pool.probed) > 1
+        assert house.breakers.admit("acme", MessageId("1")) is None
+
+
 async def test_stopping_cuts_off_what_is_under_way(tmp_path: Path) -> None:
     async with house_of(tmp_path, acme={"probe": "10m"}) as house:
         house.pool.gate.clear()
