@@ -16,7 +16,8 @@ _FOLD: Final = str.maketrans(ascii_uppercase, ascii_lowercase)  # some servers r
 def without_secrets(text: str, secrets: Iterable[str], *, piece: int) -> str:
     """`text` with "(secret)" for every one of `secrets`, and for every part of one that has `piece` characters or more.
 
-    Two fewer are enough with a digit or a sign among them. A word that happens to be in the secret, too, must stay: it would tell of it.
+    Two fewer are enough with a digit or a sign among them. Shorter words that happen to be in the secret, too, stay: hiding them would tell
+    of it, as it does where longer ones are hidden.
     """
     folded = text.translate(_FOLD)
     bare = bytearray(len(text))
