@@ -49,7 +49,7 @@ class Limits(Section):
     rate: Annotated[tuple[Rate, ...], one_or_list(str)] = Field(default=(), description="transactions, such as 10/s, or [30/m, 2000/d]")
     recipient_rate: Annotated[tuple[Rate, ...], one_or_list(str)] = Field(default=(), description="recipients, such as 100/m")
     recipients: Count = Field(default=100, description="per transaction")
-    messages_per_connection: Count = 100
+    messages_per_connection: Count = Field(default=500, description="each new one costs the upstream a handshake and a login")
 
 
 class Timeouts(Section):

@@ -47,7 +47,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "keep",
     )
     assert acme.limits.model_dump() == {
-        "connections": 5, "rate": (), "recipient_rate": (), "recipients": 100, "messages_per_connection": 100,
+        "connections": 5, "rate": (), "recipient_rate": (), "recipients": 100, "messages_per_connection": 500,
     }  # fmt: skip
     assert acme.timeouts.model_dump() == {"connect": 30, "command": 60, "data": 60, "final": 600}
     assert config.retry.model_dump() == {"first": 60, "max": 3600, "expire": 4 * 86400, "warn_after": None}
