@@ -8,15 +8,16 @@ State: none but what it was built with. Laws: 250 only after the spool has the m
 
 import re
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate
+from functools import lru_cache
 from typing import Protocol
 
 from relay.clock import Clock
 from relay.config.model import Config, Route
 from relay.mail import dsn, header
-from relay.mail.envelope import Envelope, Facts, Origin, Recipient
+from relay.mail.envelope import Envelope, Origin, Recipient
 from relay.mail.permission import may_send, objection, user_objection
 from relay.mail.reply import Reply
 from relay.mail.rewrite import envelope_sender, rewrite_header
@@ -31,6 +32,9 @@ _OWN_HOPS_LIMIT = 5
 HEADER_LIMIT_BYTES = 1024 * 1024
 # Each line costs microseconds of everybody's time, at intake and at each attempt. A megabyte of lines of 52 octets has as many.
 _HEADER_LIMIT_LINES = 20_000
+
+_date_of = lru_cache(maxsize=2)(formatdate)
+_lane_of = lru_cache(maxsize=8192)(Lane)
 
 # What a client calls itself goes into the trace field: only what cannot end a comment or a line there.
 _UNSAFE_NAME = re.compile(r"[^A-Za-z0-9.:\[\]_-]")
@@ -90,6 +94,7 @@ class Transaction:
     smtputf8: bool
     ret: str = ""
     envid: str = ""
+    route: Route | None = None  # of all recipients, where it is known at MAIL
     recipients: dict[str, tuple[Recipient, Route | None]] = field(default_factory=dict)
     wait: Wait | None = None
     gone: bool = False
@@ -117,7 +122,6 @@ class Intake:
         self._journal = journal
         self._clock = clock
         self._run = secrets.token_hex(4)  # makes Message-IDs of two relays with one host name differ
-        self._date = (0, "")
         self._obstacle = ""  # the last one told, while it lasts
         self._waits = waits or Waits()
         self._holds = any(route.wait for route in config.routes)
@@ -149,33 +153,32 @@ class Intake:
         self, origin: Origin, client_name: str, protocol: str, sender: str, *, smtputf8: bool, ret: str = "", envid: str = ""
     ) -> Transaction | Reply:  # fmt: skip
         """Open a transaction at MAIL, or refuse the sender. `ret` and `envid` are RFC 3461's."""
-        if sender:
-            sender = complete(sender, self._config.domain)
-            if "@" not in sender:
-                return _BARE_SENDER_REFUSED
+        if sender and "@" not in sender and "@" not in (sender := complete(sender, self._config.domain)):
+            return _BARE_SENDER_REFUSED
         if origin.user and sender and not may_send(self._config.users[origin.user].senders, sender):
             return _NOT_THE_USERS
-        if refusal := self._router.sender_refusal(sender, origin):
-            return Reply(550, "5.7.1", refusal)
-        return Transaction(origin, client_name, protocol, sender, smtputf8, ret, envid)
+        route = self._router.foresee(sender, origin)
+        if isinstance(route, str):
+            return Reply(550, "5.7.1", route)
+        return Transaction(origin, client_name, protocol, sender, smtputf8, ret, envid, route)
 
     def add(self, transaction: Transaction, recipient: Recipient, *, limit: int) -> Reply | None:
         """Add a recipient at RCPT (several, where it is an alias), or refuse it. Raises nothing."""
-        address = complete(recipient.address, self._config.domain)
-        if "@" not in address:
+        address = recipient.address
+        if "@" not in address and "@" not in (address := complete(address, self._config.domain)):
             return _BARE_REFUSED
+        taken = transaction.recipients
         chosen: dict[str, tuple[Recipient, Route | None]] = {}
         for target in expand_alias(address, self._config) if self._config.aliases else (address,):
-            route = None
-            if transaction.sender:  # a null sender's route may hang on the header From
-                route = self._router.match(Facts(transaction.sender, target, transaction.origin)).route
+            route = transaction.route
+            if route is None and transaction.sender:  # a null sender's route may hang on the header From
+                route = self._router.choose(transaction.sender, target, transaction.origin)
                 if (refusal := _refusal(route)) is not None:
                     return refusal
-            chosen[target] = (_asked(transaction, recipient, address, target), route)
-        new = sum(target not in transaction.recipients for target in chosen)
-        if transaction.recipients and len(transaction.recipients) + new > limit:  # an alias alone may stand for more
+            chosen[target] = (_asked(taken, recipient, address, target), route)
+        if taken and len(taken) + sum(target not in taken for target in chosen) > limit:  # an alias alone may stand for more
             return _TOO_MANY_RECIPIENTS
-        transaction.recipients |= chosen
+        taken.update(chosen)
         return None
 
     async def accept(self, transaction: Transaction, content: Content, head: bytes) -> Reply:
@@ -185,7 +188,8 @@ class Intake:
         """
         reply = _FAULT
         try:
-            reply = await self._decide(transaction, content, head)
+            decided = self._decide(transaction, content, head)
+            reply = decided if isinstance(decided, Reply) else await self._take(transaction, *decided)
         finally:
             if not reply.positive:
                 self._spool.discard(content)
@@ -202,49 +206,46 @@ class Intake:
             self._waits.close(wait)
         return _passed_on(said, wait.ids[0]) if said is not None else _queued(wait.ids[0])
 
-    async def _decide(self, transaction: Transaction, content: Content, head: bytes) -> Reply:
+    def _decide(self, transaction: Transaction, content: Content, head: bytes) -> Reply | tuple[list[Draft], list[Recipient]]:
+        """A refusal, or what goes into custody, and for whom nothing does."""
         block = header.block_of(head)
         if len(block) > _HEADER_LIMIT_LINES and (len(block) > HEADER_LIMIT_BYTES or block.count(b"\n") > _HEADER_LIMIT_LINES):
             return _HEADER_TOO_LARGE
         found = header.scan(block)
-        if found.received >= _OWN_HOPS_LIMIT and self._loops(found):
+        if b"received" in found and self._loops(found):
             return _LOOP
         origin, sender = transaction.origin, transaction.sender
         if origin.user and (reason := user_objection(self._config.users[origin.user].senders, sender, found)):
             return Reply(553, "5.7.1", f"Not one of the senders of this user: {reason}")
-        author = header.from_address(found.from_values)
+        author = header.from_address(found.get(b"from", ()))
         origin = Origin(origin.listener, origin.client, origin.user, origin.session, author)
         by_route: dict[str, tuple[Route, list[Recipient]]] = {}
         refused: list[Recipient] = []
         for recipient, route in transaction.recipients.values():
             if not sender:
-                route = self._router.match(Facts(sender, recipient.address, origin)).route
-            if route is None or _refusal(route) is not None:
+                route = self._router.choose(sender, recipient.address, origin)
+            if route is None or route.reject is not None:
                 refused.append(recipient)
             else:
                 by_route.setdefault(route.name, (route, []))[1].append(recipient)
         if not by_route:
             return _refusal(route) or _NO_ROUTE
-        if found.received and self._comes_back(found, [route for route, _ in by_route.values()]):
+        groups = list(by_route.values())
+        if b"received" in found and self._comes_back(found, [route for route, _ in groups]):
             return _COMES_BACK
-        drafts = self._drafts(transaction, origin, content, found, list(by_route.values()))
+        drafts = self._drafts(transaction, origin, content, found, groups)
         for draft in drafts:
             if (reply := self._forbidden(draft, found, block)) is not None:
                 return reply
         if self._holds and not refused and not transaction.gone:
-            seconds = max(route.wait for route, _ in by_route.values())
+            seconds = max(route.wait for route, _ in groups)
             if seconds:  # opened before the message can be claimed, so that no verdict is missed
                 transaction.wait = self._waits.open([draft.id for draft in drafts], seconds)
-        reply = await self._take(drafts)
-        if transaction.wait is not None and any(self._dispatch.paused(draft.lane) for draft in drafts):
-            transaction.wait.end()
-        if refused and reply.positive:  # only a null sender's recipients are still refused here, and a null sender cannot be told
-            names = ",".join(r.address for r in refused)
-            self._journal.unbounced(id=drafts[0].id, sender="<>", recipients=names, reason="no route for this sender")
-        return reply
+        return drafts, refused
 
     def _loops(self, found: header.Scan) -> bool:
-        return found.received >= _HOPS_LIMIT or header.traces_of(found, self._config.hostname) >= _OWN_HOPS_LIMIT
+        hops = len(found[b"received"])
+        return hops >= _HOPS_LIMIT or (hops >= _OWN_HOPS_LIMIT and header.traces_of(found, self._config.hostname) >= _OWN_HOPS_LIMIT)
 
     def _comes_back(self, found: header.Scan, routes: Sequence[Route]) -> bool:
         """Whether it is a message that we are sending, and would go where it comes from: an upstream that is this relay, or leads to it.
@@ -266,41 +267,36 @@ class Intake:
         now = self._clock.now()
         summary = header.summary_of(found)
         drafts: list[Draft] = []
-        placed = {recipient.address for _, recipients in groups for recipient in recipients}
+        placed: set[str] = set()
         prefix = b""
         for route, recipients in groups:
             assert route.upstream is not None, "a route that delivers has an upstream"
             message_id = transaction.id if transaction.id is not None and not drafts else self._spool.new_id()
             prefix = prefix or self._prefix(transaction, message_id, found, now)
             rules = self._router.rewrite_for(route, route.upstream)
-            if rules is not None and rules.bcc and rules.bcc not in placed:
-                placed.add(rules.bcc)
-                recipients = [*recipients, Recipient(rules.bcc, notify="NEVER")]
+            if rules is not None and rules.bcc:
+                placed = placed or {recipient.address for _, each in groups for recipient in each}
+                if rules.bcc not in placed:
+                    placed.add(rules.bcc)
+                    recipients = [*recipients, Recipient(rules.bcc, notify="NEVER")]
             envelope = Envelope(transaction.sender, tuple(recipients), transaction.smtputf8, transaction.ret, transaction.envid)
-            drafts.append(Draft(message_id, Lane(route.upstream, route.name), envelope, content, now, prefix, origin, summary, due=now))
+            drafts.append(Draft(message_id, _lane_of(route.upstream, route.name), envelope, content, now, prefix, origin, summary, now))
         return drafts
 
     def _prefix(self, transaction: Transaction, message_id: str, found: header.Scan, now: float) -> bytes:
         """The header fields that we make, once: Received (RFC 5321 section 4.4), and Message-ID and Date where they are missing."""
-        hostname, date = self._config.hostname, self._formatted(now)
+        hostname, date = self._config.hostname, _date_of(int(now))
         recipients = transaction.recipients
         target = f"\r\n\tfor <{next(iter(recipients))}>" if len(recipients) == 1 else ""
-        name = _UNSAFE_NAME.sub("?", transaction.client_name) or "unknown"
         text = (
-            f"Received: from {name} ({_literal(transaction.origin.client)})\r\n"
+            f"Received: from {_named(transaction.client_name, transaction.origin.client)}\r\n"
             f"\tby {hostname} with {transaction.protocol} id {message_id}{target};\r\n\t{date}\r\n"
         )
-        if not found.has_message_id:
+        if b"message-id" not in found:
             text += f"Message-ID: <{message_id}.{self._run}@{hostname}>\r\n"
-        if not found.has_date:
+        if b"date" not in found:
             text += f"Date: {date}\r\n"
-        return text.encode("utf-8")
-
-    def _formatted(self, now: float) -> str:
-        second = int(now)
-        if self._date[0] != second:
-            self._date = (second, formatdate(second))
-        return self._date[1]
+        return text.encode()
 
     def _forbidden(self, draft: Draft, found: header.Scan, block: bytes) -> Reply | None:
         """The refusal where the upstream's credential may not send this (law 6), judged by what would go out."""
@@ -314,7 +310,8 @@ class Intake:
         reason = objection(senders, envelope_sender(draft.envelope.sender, rules), found)
         return Reply(550, "5.7.1", f"Not one of the senders of this upstream: {reason}") if reason else None
 
-    async def _take(self, drafts: list[Draft]) -> Reply:
+    async def _take(self, transaction: Transaction, drafts: list[Draft], refused: list[Recipient]) -> Reply:
+        """Custody, and on to delivery. Only a null sender's recipients are `refused` now, and a null sender cannot be told."""
         dispatch = self._dispatch
         claimed = [dispatch.reserve(draft.lane) for draft in drafts]
         claims: Sequence[Claim | None] = []
@@ -331,10 +328,10 @@ class Intake:
                 for draft, reserved in zip(drafts, claimed, strict=True):
                     if reserved:
                         dispatch.release(draft.lane)
-        for draft, claim in zip(drafts, claims, strict=True):
+        for number, draft in enumerate(drafts):
             try:
                 self._note(draft)
-                if claim is not None:
+                if (claim := claims[number]) is not None:
                     dispatch.start(claim)
                 else:
                     dispatch.wake(draft.lane, draft.due)
@@ -342,14 +339,19 @@ class Intake:
                 self._journal.fault("handing over to delivery", error, id=draft.id)
                 if (wait := self._waits.of(draft.id)) is not None:
                     wait.end()
+        if transaction.wait is not None and any(dispatch.paused(draft.lane) for draft in drafts):
+            transaction.wait.end()
+        if refused:
+            names = ",".join(r.address for r in refused)
+            self._journal.unbounced(id=drafts[0].id, sender="<>", recipients=names, reason="no route for this sender")
         return _queued(drafts[0].id)
 
     def _note(self, draft: Draft) -> None:
-        origin = draft.origin
+        origin, recipients = draft.origin, draft.envelope.recipients
         self._journal.accepted(
             id=draft.id, session=origin.session, listener=origin.listener, client=origin.client, user=origin.user, route=draft.lane.route,
             upstream=draft.lane.upstream, sender=draft.envelope.sender or "<>", size=draft.content.size,
-            recipients=",".join(r.address for r in draft.envelope.recipients),
+            recipients=recipients[0].address if len(recipients) == 1 else ",".join([r.address for r in recipients]),
         )  # fmt: skip
 
 
@@ -357,11 +359,11 @@ def _queued(message_id: str) -> Reply:
     return Reply(250, "2.0.0", f"Ok: queued as {message_id}")
 
 
-def _literal(client: str) -> str:
-    """Where a client is: an address literal (RFC 5321 section 4.1.3), or its user on this machine."""
-    if client.startswith("uid:"):
-        return client
-    return f"[IPv6:{client}]" if ":" in client else f"[{client}]"
+@lru_cache(maxsize=1024)  # the same clients come again and again
+def _named(name: str, client: str) -> str:
+    """What a client calls itself, and where it is: an address literal (RFC 5321 section 4.1.3), or its user on this machine."""
+    literal = client if client.startswith("uid:") else f"[IPv6:{client}]" if ":" in client else f"[{client}]"
+    return f"{_UNSAFE_NAME.sub('?', name) or 'unknown'} ({literal})"
 
 
 def _passed_on(verdict: Reply, message_id: str) -> Reply:
@@ -375,12 +377,15 @@ def _passed_on(verdict: Reply, message_id: str) -> Reply:
     return Reply(code, enhanced, f"{words or 'Refused by the upstream'} (refused as {message_id})")
 
 
-def _asked(transaction: Transaction, recipient: Recipient, address: str, target: str) -> Recipient:
+def _asked(taken: Mapping[str, tuple[Recipient, Route | None]], recipient: Recipient, address: str, target: str) -> Recipient:
     """`target`, which `address` stands for, with what the client asked to hear about it (RFC 3461 section 5.2.7: an alias keeps that)."""
+    known = taken.get(target)
+    if known is None and target == recipient.address:
+        return recipient
     notify, orcpt = recipient.notify, recipient.orcpt
     if target != address and not orcpt:
         orcpt = dsn.original_recipient(address)
-    if (known := transaction.recipients.get(target)) is not None:
+    if known is not None:
         notify, orcpt = dsn.both(known[0].notify, notify), known[0].orcpt or orcpt
     return Recipient(target, notify, orcpt)
 

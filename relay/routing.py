@@ -9,6 +9,7 @@ Conditions come from `config` in the form in which they compare: lower case, dom
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 from relay.config.model import Config, Retry, Route, effective_rewrite
 from relay.config.model import Rewrite as RewriteSettings
@@ -22,14 +23,6 @@ _client_of = lru_cache(maxsize=8192)(client_of)
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
-    """The route that takes a recipient, or None, and why in words for the operator."""
-
-    route: Route | None
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
 class Verdict:
     """What one route made of the facts."""
 
@@ -38,7 +31,7 @@ class Verdict:
     why: str
 
 
-NO_MATCH = Match(None, "no route takes this sender")
+NO_ROUTE = "no route takes this sender"
 
 
 class Router:
@@ -58,22 +51,17 @@ class Router:
                 _file(self._by_recipient, route.recipient, number)
             else:
                 _file(self._by_sender, ("*",) if "*" in route.sender else route.sender, number)
-        self._matches: dict[int, Match] = {}
         self._rewrites: dict[tuple[str, str], Rewrite | None] = {}
 
-    def match(self, facts: Facts) -> Match:
-        """The first route whose conditions all hold for these facts."""
-        origin = facts.origin
-        lists = self._candidates(facts.sender, origin)
-        if self._by_recipient:
-            lists += _filed(self._by_recipient, patterns_for(facts.recipient))
-        for number in _merged(lists):
+    def choose(self, sender: str, recipient: str, origin: Origin) -> Route | None:
+        """The first route whose conditions all hold, or None: no route takes it."""
+        for number in self._candidates(sender, origin, recipient):
             route = self._routes[number]
-            if route.recipient and not _meets(route.recipient, facts.recipient):
+            if route.recipient and not _meets(route.recipient, recipient):
                 continue
             if _admits(route, origin):
-                return self._matches.get(number) or self._matches.setdefault(number, Match(route, describe(route)))
-        return NO_MATCH
+                return route
+        return None
 
     def report_route(self, recipient: str, origin: Origin, *, came_by: str) -> Route | None:
         """The route of a report of ours to `recipient`, who sent what it is about and whose address is `origin.header_from`.
@@ -81,9 +69,9 @@ class Router:
         That of a null sender with his address in From; where there is none, that of his own mail; and where this is only for other
         recipients, the route that his message `came_by`, if it is still one of his.
         """
-        route = self.match(Facts("", recipient, origin)).route
+        route = self.choose("", recipient, origin)
         if route is None or route.upstream is None:  # a route that rejects what apps send from <> says nothing about our reports
-            route = self.match(Facts(origin.header_from, recipient, origin)).route
+            route = self.choose(origin.header_from, recipient, origin)
         if route is not None:
             return route
         known = self._by_name.get(came_by)
@@ -110,29 +98,32 @@ class Router:
                 break
         return verdicts
 
-    def sender_refusal(self, sender: str, origin: Origin) -> str:
-        """Why no recipient could be taken from this sender, known at MAIL already; `""` when some might.
+    def foresee(self, sender: str, origin: Origin) -> Route | str | None:
+        """What is known at MAIL: the route of all recipients, why none can be taken, or None where some might, and some might not.
 
-        Either the text of the route that rejects, or that there is no route. Of a null sender nothing is known before its header.
+        Why is the text of the route that rejects, or that there is no route. Of a null sender nothing is known before its header.
         """
         if not sender and not origin.header_from and self._routes:
-            return ""
-        decided = len(self._routes)
-        refusal = NO_MATCH.why
-        for number in _merged(self._candidates(sender, origin)):
+            return None
+        decided, refusal, rejects_some = len(self._routes), NO_ROUTE, False
+        for number in self._candidates(sender, origin):
             route = self._routes[number]
             if not _admits(route, origin):
                 continue
-            if not route.recipient or "*" in route.recipient:
-                decided, refusal = number, route.reject or ""
-                break
+            if route.recipient and "*" not in route.recipient:
+                if not route.reject:
+                    return None
+                rejects_some = True
+                continue
             if not route.reject:
-                return ""
-        for number in self._with_recipient if refusal else ():
+                return None if rejects_some or (self._with_recipient and self._with_recipient[0] < number) else route
+            decided, refusal = number, route.reject
+            break
+        for number in self._with_recipient:
             if number >= decided:
                 break
             if not self._routes[number].reject and _admits(self._routes[number], origin):
-                return ""
+                return None
         return refusal
 
     def rewrite_for(self, route: Route, upstream: str) -> Rewrite | None:
@@ -143,11 +134,16 @@ class Router:
             self._rewrites[key] = None if rules == _NO_RULES else rules
         return self._rewrites[key]
 
-    def _candidates(self, sender: str, origin: Origin) -> list[list[int]]:
-        """The routes whose sender condition holds, by pattern."""
-        if sender:
-            return _filed(self._by_sender, patterns_for(sender))
-        return _filed(self._by_sender, ("<>", *patterns_for(origin.header_from)))
+    def _candidates(self, sender: str, origin: Origin, recipient: str = "") -> list[int]:
+        """The numbers, ascending, of the routes that are filed under the sender, or under the recipient where it is known."""
+        lists = []
+        for pattern in patterns_for(sender) if sender else ("<>", *patterns_for(origin.header_from)):
+            if pattern in self._by_sender:
+                lists.append(self._by_sender[pattern])
+        if recipient and self._by_recipient:
+            lists += filter(None, map(self._by_recipient.get, patterns_for(recipient)))
+        # One may come twice: asking a route again is cheaper than a set.
+        return lists[0] if len(lists) == 1 else sorted(chain.from_iterable(lists))
 
 
 def upstreams_of(route: Route) -> tuple[str, ...]:
@@ -200,15 +196,6 @@ def describe(route: Route) -> str:
 def _file(index: dict[str, list[int]], patterns: tuple[str, ...], number: int) -> None:
     for pattern in patterns:
         index.setdefault(pattern, []).append(number)
-
-
-def _filed(index: dict[str, list[int]], patterns: tuple[str, ...]) -> list[list[int]]:
-    return [index[pattern] for pattern in patterns if pattern in index]
-
-
-def _merged(lists: list[list[int]]) -> list[int]:
-    """The numbers of ascending lists, ascending. One may come twice: asking a route again is cheaper than a set."""
-    return lists[0] if len(lists) == 1 else sorted([number for numbers in lists for number in numbers])
 
 
 def _meets(conditions: tuple[str, ...], address: str) -> bool:

@@ -90,7 +90,7 @@ def _facts(config: "Config", options: argparse.Namespace, content: bytes | None)
     sender, recipient = _address(options.sender or "<>", config), _address(options.recipient, config)
     if not recipient:
         raise AddressError("a recipient is never null")
-    header_from = from_address(scan(split(content)[0]).from_values) if content is not None else ""
+    header_from = from_address(scan(split(content)[0]).get(b"from", ())) if content is not None else ""
     origin = Origin(options.listener or config.listeners[0].name, options.client, options.user or "", header_from=header_from)
     return [Facts(sender, address, origin) for address in expand_alias(recipient, config)]
 

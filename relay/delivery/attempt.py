@@ -19,7 +19,6 @@ from relay.delivery.breaker import Breakers
 from relay.delivery.verified import Verified
 from relay.mail import header
 from relay.mail.content import has_dot_line
-from relay.mail.envelope import Facts
 from relay.mail.outcome import Failure, Outcome, Phase, Scope, Status, outcome_of_failure
 from relay.mail.permission import objection, report_author
 from relay.mail.reply import Reply
@@ -135,7 +134,7 @@ class Attempts:
             if known is not None and known.upstream is not None and (rules := self._router.rewrite_for(known, known.upstream)) is not None:
                 # The hidden copy was never routed: it goes where the others go, and where it went with them once they are done.
                 recipients = [address for address in recipients if address != rules.bcc]
-            routes = [self._router.match(Facts(claim.envelope.sender, address, claim.origin)).route for address in recipients] or [known]
+            routes = [self._router.choose(claim.envelope.sender, address, claim.origin) for address in recipients] or [known]
         route = routes[0]
         if len({each.name if each is not None else "" for each in routes}) > 1:
             return None, self._hold(claim, "its recipients now take different routes")
@@ -154,8 +153,9 @@ class Attempts:
 
     async def _try(self, claim: Claim, route: Route, outcomes: dict[str, Outcome]) -> Result:
         """Send to everybody. `outcomes` grows as the transactions end, so that an error in a later one forgets nobody."""
-        upstream = self._config.upstreams[claim.lane.upstream]
-        rules = self._rules(claim, route)
+        envelope, name = claim.envelope, claim.lane.upstream
+        upstream = self._config.upstreams[name]
+        rules = self._report_rules(claim, route) if _is_report(claim) else self._router.rewrite_for(route, name)
         head, rest = claim.content.octets, None
         try:
             if head is None:
@@ -165,38 +165,42 @@ class Attempts:
                 self._journal.fault("reading a message", error, id=claim.id)
                 reply = Reply(0, "", f"its content cannot be read now: {error.strerror}")
                 outcome = Outcome(Status.DEFERRED, Scope.MESSAGE, Phase.RESOLVE, reply)
-                return Result(dict.fromkeys((r.address for r in claim.envelope.recipients), outcome))
+                return Result(dict.fromkeys((r.address for r in envelope.recipients), outcome))
             held = f"its content cannot be read: {error.strerror}"  # without end: a person must see it, and may find the file again
             return Result(untried(claim), Next(math.inf, claim.lane, counted=False, held=held))
         original = header.block_of(head)
-        block = rewrite_header(claim.prefix + original, rules)
-        sender = envelope_sender(claim.envelope.sender, rules) or ("" if upstream.null_sender == "keep" else upstream.null_sender)
+        before = claim.prefix + original
+        block = rewrite_header(before, rules)
+        sender = envelope_sender(envelope.sender, rules) or ("" if upstream.null_sender == "keep" else upstream.null_sender)
         if upstream.senders and (reason := objection(upstream.senders, sender, header.scan(block))) is not None:
-            held = f"upstream {claim.lane.upstream} may not send it: {reason}"
+            held = f"upstream {name} may not send it: {reason}"
             return Result(untried(claim), self._hold(claim, held))
-        body = memoryview(head)[len(original) :]
-        octets = b"".join((block, header.separator(bytes(body[:2])), body))
-        recipients = claim.envelope.recipients
+        if untouched := block is before and bool(original):  # nearly always
+            octets = claim.prefix + head
+        else:
+            body = memoryview(head)[len(original) :]
+            octets = b"".join((block, header.separator(bytes(body[:2])), body))
         message = Outgoing(
             sender=sender,
-            recipients=recipients,
+            recipients=envelope.recipients,
             octets=octets,
             size=len(octets) + claim.content.size - len(head),
             rest=rest,
             eight_bit=claim.content.eight_bit or not block.isascii(),
-            dotted=claim.content.dotted or has_dot_line(block),
-            smtputf8=not (sender.isascii() and all(r.address.isascii() for r in recipients)),
-            ret=claim.envelope.ret,
-            envid=claim.envelope.envid,
-            utf8_header=claim.envelope.smtputf8 and not block.isascii(),
+            dotted=claim.content.dotted or (not untouched and has_dot_line(block)),  # our own fields have no such line
+            smtputf8=not (sender.isascii() and all(r.address.isascii() for r in envelope.recipients)),
+            ret=envelope.ret,
+            envid=envelope.envid,
+            utf8_header=envelope.smtputf8 and not block.isascii(),
         )
-        transactions = await self._send_all(claim.lane.upstream, message, outcomes, limit=upstream.limits.recipients)
-        return Result(outcomes, header_block=original, transactions=transactions)
+        if len(envelope.recipients) > 1:
+            transactions = await self._send_all(name, message, outcomes, limit=upstream.limits.recipients)
+            return Result(outcomes, header_block=original, transactions=transactions)
+        (outcomes[envelope.recipients[0].address],) = await self._pool.send(name, message)
+        return Result(outcomes, header_block=original)
 
-    def _rules(self, claim: Claim, route: Route) -> Rewrite | None:
-        """What changes on the way out. A report of ours gets a fallback's From, or one that the credential may use, and nothing else."""
-        if not _is_report(claim):
-            return self._router.rewrite_for(route, claim.lane.upstream)
+    def _report_rules(self, claim: Claim, route: Route) -> Rewrite | None:
+        """What changes on the way out of a report of ours: it gets a fallback's From, or one that the credential may use."""
         over = next((item.rewrite for item in route.fallback if item.upstream == claim.lane.upstream), None)
         name, address = (over.from_.name, over.from_.address) if over is not None and over.from_ is not None else (None, None)
         address = address or report_author(self._config.upstreams[claim.lane.upstream].senders, claim.envelope.recipients[0].address)
@@ -205,9 +209,6 @@ class Attempts:
     async def _send_all(self, upstream: str, message: Outgoing, outcomes: dict[str, Outcome], *, limit: int) -> int:
         """Send in as many transactions as the recipients need: `limit` each, and again those that were too many for the upstream.
         Answers how many these were."""
-        if len(message.recipients) == 1:
-            (outcomes[message.recipients[0].address],) = await self._pool.send(upstream, message)
-            return 1
         limit = min(limit, self._pool.recipients_limit(upstream) or limit)
         if self._crowds:
             limit = min(limit, self._crowd(upstream, limit))

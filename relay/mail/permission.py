@@ -19,13 +19,13 @@ def objection(senders: Sequence[str], envelope_sender: str, found: Scan) -> str 
         return None
     if envelope_sender and not may_send(senders, envelope_sender):
         return f"the envelope sender {envelope_sender} is not one of its senders"
-    author = from_address(found.from_values)
+    author = from_address(found.get(b"from", ()))
     if not author:
         return "the header From is missing, repeated or not one address"
     if not may_send(senders, author):
         return f"the From address {author} is not one of its senders"
-    if found.sender_values:
-        agent = from_address(found.sender_values)
+    if b"sender" in found:
+        agent = from_address(found[b"sender"])
         if not agent or not may_send(senders, agent):
             return f"the Sender address {agent or '(unreadable)'} is not one of its senders"
     return None

@@ -27,6 +27,8 @@ Level = Literal["debug", "info", "warning", "error"]
 _LEVELS: dict[str, int] = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _FLUSH_SECONDS = 0.05
 
+_MILLISECONDS = tuple(f".{number:03}Z" for number in range(1000))
+
 # Text values that need no quotes: anything printable without blanks, quotes and '='.
 _PLAIN = re.compile(r'[^\s"=\\]+')
 
@@ -48,7 +50,7 @@ class Journal:
         self._loop: AbstractEventLoop | None = None
         self._lines: list[str] = []
         self._timer: TimerHandle | None = None
-        self._second = 0
+        self._second = 0.0
         self._second_text = ""
         self._chunks: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._handed = self._taken = 0  # characters, to the thread and by it: what is between waits for the reader
@@ -73,6 +75,7 @@ class Journal:
         self._event("info", "listening", {"listener": listener, "address": address})
 
     # The two events of nearly every message are put together without the detour over a mapping: it would be a tenth of their cost.
+    # `_known` takes what cannot be long there: names of the configuration, and an address.
 
     def accepted(
         self, *, id: str, session: str, listener: str, client: str, user: str, route: str, upstream: str, sender: str, recipients: str,
@@ -87,8 +90,8 @@ class Journal:
             return
         who = f" user={_quoted(user)}" if user else ""
         self._append(
-            f"{self._time()} info accepted id={id} session={session} listener={_quoted(listener)} client={client}{who} "
-            f"route={_quoted(route)} upstream={_quoted(upstream)} sender={_quoted(sender)} recipients={_quoted(recipients)} size={size}"
+            f"{self._time()} info accepted id={id} session={session} listener={_known(listener)} client={client}{who} "
+            f"route={_known(route)} upstream={_known(upstream)} sender={_known(sender)} recipients={_quoted(recipients)} size={size}"
         )
 
     def refused(self, *, session: str, listener: str, client: str, sender: str, recipients: str, reply: str) -> None:
@@ -107,8 +110,8 @@ class Journal:
             self._event("info", "sent", _attempt(id, session, route, upstream, sender, recipients, size, reply, "sent", attempt, delay))
             return
         self._append(
-            f"{self._time()} info sent id={id} session={session} route={_quoted(route)} upstream={_quoted(upstream)} "
-            f"sender={_quoted(sender)} recipients={_quoted(recipients)} size={size} reply={_quoted(reply)} status=sent "
+            f"{self._time()} info sent id={id} session={session} route={_known(route)} upstream={_known(upstream)} "
+            f"sender={_known(sender)} recipients={_quoted(recipients)} size={size} reply={_quoted(reply)} status=sent "
             f"attempt={attempt} delay={delay:.3f}"
         )
 
@@ -192,18 +195,19 @@ class Journal:
 
     def _append(self, line: str) -> None:
         self._lines.append(line)
-        if self._loop is None or (self._timer is None and self._loop.is_closed()):  # before the loop runs, and after it
+        if self._timer is not None:
+            return
+        if self._loop is None or self._loop.is_closed():  # before the loop runs, and after it
             self._flush()
-        elif self._timer is None:
+        else:
             self._timer = self._loop.call_later(_FLUSH_SECONDS, self._flush)
 
     def _time(self) -> str:
         now = self._clock.now()
-        second = int(now)
-        if second != self._second:
-            self._second = second
-            self._second_text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-        return f"{self._second_text}.{int((now - second) * 1000):03}Z"
+        if not 0.0 <= now - self._second < 1.0:
+            self._second = float(int(now))
+            self._second_text = datetime.fromtimestamp(self._second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        return self._second_text + _MILLISECONDS[int((now - self._second) * 1000.0)]
 
     def _flush(self) -> None:
         if self._timer is not None:
