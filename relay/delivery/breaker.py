@@ -11,7 +11,6 @@ task, no timer: time is looked at when somebody asks.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import Enum
 from typing import Final, NamedTuple
 
 from relay.clock import Clock
@@ -79,15 +78,6 @@ class _Trouble:
         return max((c for c in (self.way, self.login) if c.open_seconds), key=lambda c: c.until, default=None)
 
 
-class _Sign(Enum):
-    """What an attempt says about its upstream."""
-
-    WORKS = "works"
-    FAILS = "fails"
-    REFUSES = "refuses the credential"
-    NOTHING = "nothing"
-
-
 class Trouble(NamedTuple):
     """An upstream that fails, for people: what does, since when (epoch), how often in a row, and seconds until it is tried; 0: now."""
 
@@ -124,21 +114,22 @@ class Breakers:
     def record(self, upstream: str, id: MessageId, outcomes: Iterable[Outcome]) -> bool:
         """Note what an admitted attempt came to. Answers whether the upstream works again after a long time."""
         trouble = self._troubles.get(upstream)
-        sign, outcome = _sign(outcomes)
-        if sign is _Sign.WORKS:
+        works, failure = _signs(outcomes)
+        if works:
             return trouble is not None and self._close(upstream, trouble)
         tried = trouble is not None and trouble.trying == id
         if trouble is not None and tried:
             trouble.trying = None
-        if outcome is None:
+        if failure is None:
             return False
         if trouble is None:
             trouble = self._troubles[upstream] = _Trouble(_Circuit(self._way), _Circuit(_LOGIN))
-        if sign is _Sign.REFUSES and trouble.way.failures:  # it was reached
+        refuses = failure.scope is Scope.CREDENTIAL
+        if refuses and trouble.way.failures:  # it was reached
             if trouble.way.open_seconds:
                 self._metrics.breaker_closed(upstream=upstream, kind=_WAY.name)
             trouble.way = _Circuit(self._way)
-        self._fail(upstream, trouble.login if sign is _Sign.REFUSES else trouble.way, id, outcome, tried=tried)
+        self._fail(upstream, trouble.login if refuses else trouble.way, id, failure, tried=tried)
         return False
 
     def record_probe(self, upstream: str, outcome: Outcome | None) -> bool:
@@ -240,19 +231,17 @@ class Breakers:
         return self._clock.now() - (self._clock.monotonic() - since)
 
 
-def _sign(outcomes: Iterable[Outcome]) -> tuple[_Sign, Outcome | None]:
-    """What the outcomes of one attempt say about the upstream, and which of them does where it is a failure."""
+def _signs(outcomes: Iterable[Outcome]) -> tuple[bool, Outcome | None]:
+    """Whether the outcomes of one attempt say that the upstream works, or else which of them says that it or its credential does not."""
     works = False
     failure: Outcome | None = None
     for outcome in outcomes:
         if outcome.status is Status.SENT:
-            return _Sign.WORKS, None
+            return True, None
         refused = outcome.scope is Scope.CREDENTIAL
         fails = outcome.scope is Scope.UPSTREAM and outcome.status is Status.DEFERRED and (outcome.fallback or outcome.in_doubt)
         if refused or fails:
             failure = outcome if failure is None or refused else failure
         elif outcome.status is Status.FAILED or outcome.scope in (Scope.RECIPIENT, Scope.MESSAGE):
             works = True
-    if failure is not None:
-        return (_Sign.REFUSES if failure.scope is Scope.CREDENTIAL else _Sign.FAILS), failure
-    return (_Sign.WORKS if works else _Sign.NOTHING), None
+    return works and failure is None, failure

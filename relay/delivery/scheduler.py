@@ -9,7 +9,7 @@ uses up its own slots and nothing else; one that has nothing due, or may not be 
 
 import asyncio
 import heapq
-from collections.abc import Collection, Coroutine, Iterable, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from functools import partial
 from itertools import islice
 from math import inf
@@ -78,7 +78,7 @@ class Scheduler:
     # -- for intake -------------------------------------------------------------------------------------------------------
 
     def reserve(self, lane: Lane) -> bool:
-        slots = self._slots_of(lane.upstream)
+        slots = self._slots.get(lane.upstream) or self._slots_of(lane.upstream)
         if self._stopping or slots.ready or self._room(slots) <= 0:
             return False
         slots.promise(1)
@@ -89,8 +89,21 @@ class Scheduler:
         slots.take_back(1)
         self._ask(slots)
 
-    def start(self, claim: Claim) -> None:
-        self._admit(self._slots_of(claim.lane.upstream), claim, fresh=True)
+    def start(self, claim: Claim, *, fresh: bool = True) -> None:
+        """Take a promised claim: into a slot, or into the window until there is one. `fresh`: it has not been in the queue."""
+        slots = self._slots[claim.lane.upstream]
+        slots.promised -= 1
+        self._octets += len(claim.content.octets or b"")
+        if self._stopping:
+            self._return(claim)
+        elif slots.pace is not None and (slots.pace.owes or slots.pace.pause() > 0 or slots.used >= slots.limit):
+            # Since it was promised, the upstream has asked us to slow down, or got more recipients than could be known.
+            slots.pace.charge(-1, -1)
+            self._return(claim)
+        elif slots.used < slots.limit:
+            self._begin(slots, claim, fresh=fresh)
+        else:
+            slots.window.append((claim, fresh))
 
     def wake(self, lane: Lane, when: float) -> None:
         if self._timeline.add(lane, when):
@@ -266,7 +279,7 @@ class Scheduler:
                 slots.ready.pop(lane, None)
                 self._refresh_at = min(self._refresh_at, self._clock.monotonic() + _REFRESH_SOON_SECONDS)
         for claim in claims:
-            self._admit(slots, claim, fresh=False)
+            self.start(claim, fresh=False)
         self._ask(slots)
 
     def _slots_of(self, upstream: str) -> Slots:
@@ -308,21 +321,6 @@ class Scheduler:
 
     # -- attempts ---------------------------------------------------------------------------------------------------------
 
-    def _admit(self, slots: Slots, claim: Claim, *, fresh: bool) -> None:
-        """Take a promised claim: into a slot, or into the window until there is one."""
-        slots.promised -= 1
-        self._octets += len(claim.content.octets or b"")
-        if self._stopping:
-            self._return(claim)
-        elif slots.pace is not None and (slots.pace.owes or slots.pace.pause() > 0 or slots.used >= slots.limit):
-            # Since it was promised, the upstream has asked us to slow down, or got more recipients than could be known.
-            slots.pace.charge(-1, -1)
-            self._return(claim)
-        elif slots.used < slots.limit:
-            self._begin(slots, claim, fresh=fresh)
-        else:
-            slots.window.append((claim, fresh))
-
     def _begin(self, slots: Slots, claim: Claim, *, fresh: bool) -> None:
         slots.begin(len(claim.envelope.recipients), self._clock.monotonic())
         self._own(claim, self._attempt(claim, fresh=fresh))
@@ -334,19 +332,26 @@ class Scheduler:
         return task
 
     async def _attempt(self, claim: Claim, *, fresh: bool) -> None:
-        slots = self._slots[claim.lane.upstream]
+        lane = claim.lane
+        slots = self._slots[lane.upstream]
         try:
             result = await self._attempts.send(claim, fresh=fresh)
-            throttled = next((outcome for outcome in result.outcomes.values() if outcome.throttled), None)
-            if throttled is not None or slots.pace is not None:  # before the next one takes the slot
+            throttled = [outcome for outcome in result.outcomes.values() if outcome.throttled]
+            if throttled or slots.pace is not None:  # before the next one takes the slot
                 result = account(slots, claim, result, throttled, paces=self._paces, clock=self._clock)
         finally:
             self._leave(slots)
         if result.revived:
-            self._revive(claim.lane.upstream)
-        if result.tried and not self._breakers.ready_at(claim.lane.upstream) and self._timeline.unpark(claim.lane.upstream):
+            self._revive(lane.upstream)
+        if lane.upstream in self._timeline.parked and result.tried and not self._breakers.ready_at(lane.upstream):
+            self._timeline.unpark(lane.upstream)
             self._changed.set()
-        await self._settle(claim, result)
+        dues = await self._settler.settle(claim, result)
+        if not result.tried and any(due.lane == lane for due in dues) and (ready := self._breakers.ready_at(lane.upstream)):
+            self._timeline.park(lane, now=self._clock.now(), latest=ready)
+            slots.ready.pop(lane, None)
+        for due in dues:
+            self.wake(due.lane, due.when)
 
     def _end(self, claim: Claim, work: Work) -> asyncio.Task[None]:
         """Have done what ends a claim that was not made for an attempt."""
@@ -354,28 +359,18 @@ class Scheduler:
         return self._own(claim, self._do(work))
 
     async def _do(self, work: Work) -> None:
-        self._wake_all(await work())
+        for due in await work():
+            self.wake(due.lane, due.when)
 
     def _revive(self, upstream: str) -> None:
         self._revived.add(upstream)
         self._refresh_at = 0.0
         self._changed.set()
 
-    def _return(self, claim: Claim, lane: Lane | None = None) -> None:
-        """End a claim whose attempt never began, and is not in doubt: back to where it was, or to `lane`."""
-        then = Next(self._clock.now(), lane or claim.lane, counted=False)
-        self._own(claim, self._settle(claim, Result(untried(claim), then)))
-
-    async def _settle(self, claim: Claim, result: Result) -> None:
-        dues, lane = await self._settler.settle(claim, result), claim.lane
-        if not result.tried and any(due.lane == lane for due in dues) and (ready := self._breakers.ready_at(lane.upstream)):
-            self._timeline.park(lane, now=self._clock.now(), latest=ready)
-            self._slots_of(lane.upstream).ready.pop(lane, None)
-        self._wake_all(dues)
-
-    def _wake_all(self, dues: Iterable[Next]) -> None:
-        for due in dues:
-            self.wake(due.lane, due.when)
+    def _return(self, claim: Claim) -> None:
+        """End a claim whose attempt never began, and is not in doubt: back to where it was."""
+        then = Next(self._clock.now(), claim.lane, counted=False)
+        self._own(claim, self._do(partial(self._settler.settle, claim, Result(untried(claim), then))))
 
     def _leave(self, slots: Slots) -> None:
         """A slot is free: the next claim of the window takes it."""
@@ -386,7 +381,7 @@ class Scheduler:
         elif slots.window and not self._stopping:
             claim, fresh = slots.window.popleft()
             self._begin(slots, claim, fresh=fresh)
-        if len(slots.window) <= slots.limit:
+        if slots.ready and len(slots.window) <= slots.limit:
             self._ask(slots)
 
     def _ended(self, task: asyncio.Task[None]) -> None:

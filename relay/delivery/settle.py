@@ -63,10 +63,25 @@ class Settler:
         """Store what the attempt came to. Answers what is due next, and where. Raises nothing but cancellation."""
         if result.moved is not None:
             return await self._move(claim, result)
-        if all(outcome.status is Status.SENT for outcome in result.outcomes.values()):
-            return await self._finish(claim, result)
-        claim = await self._dated(claim)
-        return await self._conclude(claim, result, self._plan(claim, result))
+        outcomes, recipients = result.outcomes, claim.envelope.recipients
+        for outcome in outcomes.values():
+            if outcome.status is not Status.SENT:
+                claim = await self._dated(claim)
+                return await self._conclude(claim, result, self._plan(claim, result))
+        # The common end: everybody has been sent to, and nothing is left to decide.
+        first = next(iter(outcomes.values()))
+        self._verdicts.sent(claim, first.reply)
+        report = None
+        if any(recipient.notify for recipient in recipients):  # some may have asked to hear of success
+            report = await self._report(claim, Plan(outcomes, None, ()), header_block=result.header_block)
+        draft = report.draft if report is not None else None
+        if not await self._store(Settlement(claim, outcomes, None, draft, used=result.used)):
+            return []
+        if len(recipients) > 1:
+            self._tell(claim, Plan(outcomes, None, ()))
+        else:  # without the detour over those who fared alike
+            self._tell_sent(claim, recipients, first)
+        return self._tell_report(report) if report is not None else []
 
     def retry_of(self, lane: Lane) -> Retry:
         """How old mail of this lane may become, and when its sender is to hear that it waits."""
@@ -151,23 +166,6 @@ class Settler:
         due = [decided.next] if decided.next is not None else []
         return [*due, *self._tell_report(report)]
 
-    async def _finish(self, claim: Claim, result: Result) -> list[Next]:
-        """The common end: everybody has been sent to, and nothing is left to decide."""
-        outcomes = result.outcomes
-        first, *others = outcomes.values()
-        self._verdicts.sent(claim, first.reply)
-        report = None
-        if any(recipient.notify for recipient in claim.envelope.recipients):  # some may have asked to hear of success
-            report = await self._report(claim, Plan(outcomes, None, ()), header_block=result.header_block)
-        draft = report.draft if report is not None else None
-        if not await self._store(Settlement(claim, outcomes, None, draft, used=result.used)):
-            return []
-        if others:
-            self._tell(claim, Plan(outcomes, None, ()))
-        else:  # without the detour over those who fared alike
-            self._tell_alike(claim, claim.envelope.recipients, first)
-        return self._tell_report(report) if report is not None else []
-
     async def _move(self, claim: Claim, result: Result) -> list[Next]:
         assert result.moved is not None
         self._verdicts.moved(claim, result.moved)
@@ -213,34 +211,39 @@ class Settler:
     def _tell(self, claim: Claim, decided: Plan) -> None:
         """One event for all recipients who fared alike."""
         for outcome, recipients in _by_outcome(claim, decided).items():
-            self._tell_alike(claim, recipients, outcome, decided)
+            if outcome.status is Status.SENT:
+                self._tell_sent(claim, recipients, outcome)
+            else:
+                self._tell_unsent(claim, recipients, outcome, decided)
 
-    def _tell_alike(self, claim: Claim, recipients: Sequence[Recipient], outcome: Outcome, decided: Plan | None = None) -> None:
-        """The event for these recipients. `decided`: what follows where they are deferred."""
+    def _tell_sent(self, claim: Claim, recipients: Sequence[Recipient], outcome: Outcome) -> None:
+        lane = claim.lane
+        self._journal.sent(
+            id=claim.id, session=claim.origin.session, route=lane.route, upstream=lane.upstream, sender=claim.envelope.sender or "<>",
+            recipients=_names(recipients), size=claim.content.size, reply=str(outcome.reply), attempt=claim.attempt,
+            delay=self._clock.now() - claim.created,
+        )  # fmt: skip
+        if self._degraded:
+            self._tell_recovered(lane)
+
+    def _tell_unsent(self, claim: Claim, recipients: Sequence[Recipient], outcome: Outcome, decided: Plan) -> None:
         lane, reply, delay = claim.lane, str(outcome.reply), self._clock.now() - claim.created
         id, session, sender, size = claim.id, claim.origin.session, claim.envelope.sender or "<>", claim.content.size
         names = _names(recipients)
-        if outcome.status is Status.SENT:
-            self._journal.sent(
-                id=id, session=session, route=lane.route, upstream=lane.upstream, sender=sender, recipients=names, size=size, reply=reply,
-                attempt=claim.attempt, delay=delay,
-            )  # fmt: skip
-            if self._degraded:
-                self._tell_recovered(lane)
-        elif outcome.status is Status.FAILED:
+        if outcome.status is Status.FAILED:
             self._journal.failed(
                 id=id, session=session, route=lane.route, upstream=lane.upstream, sender=sender, recipients=names, size=size, reply=reply,
                 attempt=claim.attempt, delay=delay,
             )  # fmt: skip
-        else:
-            assert decided is not None and decided.next is not None, "a deferred recipient has a next time"
-            then = decided.next
-            seconds = max(0.0, then.when - self._clock.now())
-            self._journal.deferred(
-                id=id, session=session, route=lane.route, upstream=lane.upstream, sender=sender, recipients=names, size=size, reply=reply,
-                attempt=claim.attempt, delay=delay, in_doubt=outcome.in_doubt or any(r.in_doubt for r in recipients),
-                next_try=f"fallback {then.lane.upstream}, now" if decided.fallback else f"in {seconds:.0f} s at {then.lane.upstream}",
-            )  # fmt: skip
+            return
+        then = decided.next
+        assert then is not None, "a deferred recipient has a next time"
+        seconds = max(0.0, then.when - self._clock.now())
+        self._journal.deferred(
+            id=id, session=session, route=lane.route, upstream=lane.upstream, sender=sender, recipients=names, size=size, reply=reply,
+            attempt=claim.attempt, delay=delay, in_doubt=outcome.in_doubt or any(r.in_doubt for r in recipients),
+            next_try=f"fallback {then.lane.upstream}, now" if decided.fallback else f"in {seconds:.0f} s at {then.lane.upstream}",
+        )  # fmt: skip
 
     def _tell_report(self, report: Report) -> list[Next]:
         """The report that is queued now, if there is one, and when and where it is due."""
@@ -306,4 +309,4 @@ def _by_outcome(claim: Claim, decided: Plan) -> dict[Outcome, list[Recipient]]:
 
 
 def _names(recipients: Sequence[Recipient]) -> str:
-    return ",".join(r.address for r in recipients)
+    return ",".join([r.address for r in recipients])

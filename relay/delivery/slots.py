@@ -4,7 +4,7 @@ State: counts, the claims that wait for a slot, and the lanes with due mail. Dec
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
@@ -86,18 +86,18 @@ class Slots:
         return (self._begun + self._before * (1 - age / _MINUTE_SECONDS)) / _MINUTE_SECONDS
 
 
-def account(slots: Slots, claim: Claim, result: Result, throttled: Outcome | None, *, paces: Paces, clock: Clock) -> Result:
+def account(slots: Slots, claim: Claim, result: Result, throttled: Sequence[Outcome], *, paces: Paces, clock: Clock) -> Result:
     """What an attempt means for the pace of its upstream, which may be new or at its end; answers the result with what is to be stored
-    of that. `throttled`: an outcome that asks us to slow down."""
+    of that. `throttled`: the outcomes that ask us to slow down."""
     upstream, recipients = slots.upstream, len(claim.envelope.recipients)
-    if throttled is not None:
+    if throttled:
         connections = min(slots.used, slots.most)  # the others ride
-        slots.pace = paces.slow_down(upstream, throttled.reply, observed=slots.observed(clock.monotonic()), connections=connections)
+        slots.pace = paces.slow_down(upstream, throttled[0].reply, observed=slots.observed(clock.monotonic()), connections=connections)
     elif any(outcome.status is Status.SENT for outcome in result.outcomes.values()):
         slots.pace = paces.speed_up(upstream)
     if (pace := slots.pace) is None:
         return result
-    resumes = clock.now() + pace.pause() if throttled is not None else 0.0
+    resumes = clock.now() + pace.pause() if throttled else 0.0
     if result.moved is not None or all(outcome.phase in _NO_TRANSACTION for outcome in result.outcomes.values()):
         pace.charge(-1, -recipients)
         return result._replace(resumes=resumes)

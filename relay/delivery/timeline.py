@@ -26,12 +26,12 @@ class _Park(NamedTuple):
 
 
 class Timeline:
-    """Lanes by their times (seconds since the epoch)."""
+    """Lanes by their times (seconds since the epoch). `parked`: the upstreams that have lanes which are, and these."""
 
     def __init__(self) -> None:
         self._due: dict[Lane, float] = {}
         self._heap: list[tuple[float, Lane]] = []
-        self._parked: dict[str, dict[Lane, _Park]] = {}
+        self.parked: dict[str, dict[Lane, _Park]] = {}
         self._parked_count = 0
 
     def __len__(self) -> int:
@@ -45,7 +45,7 @@ class Timeline:
         heapq.heappush(self._heap, (when, lane))
         if len(self._heap) > 2 * len(self._due) + _HINTS_LIMIT:
             self._heap = [(due, known) for known, due in self._due.items()]
-            self._heap += [(park.until, known) for parked in self._parked.values() for known, park in parked.items()]
+            self._heap += [(park.until, known) for parked in self.parked.values() for known, park in parked.items()]
             heapq.heapify(self._heap)
         return True
 
@@ -56,33 +56,32 @@ class Timeline:
     def park(self, lane: Lane, *, now: float, latest: float) -> None:
         """An open breaker has put mail of this lane off, and so would the rest of it fare: look at it slowly until it may be tried at
         `latest`. A lane that is parked already comes when it would have."""
-        parked = self._parked.setdefault(lane.upstream, {})
+        parked = self.parked.setdefault(lane.upstream, {})
         if lane not in parked:
             until = min(latest, now + max(_PARKED_SECONDS, _PARKED_SECONDS_EACH * self._parked_count))
             parked[lane] = _Park(now, until)
             self._parked_count += 1
             heapq.heappush(self._heap, (until, lane))
 
-    def unpark(self, upstream: str) -> bool:
-        """The lanes of this upstream are due at once; answers whether there are any."""
-        lanes = self._parked.pop(upstream, {})
+    def unpark(self, upstream: str) -> None:
+        """The lanes of this upstream are due at once."""
+        lanes = self.parked.pop(upstream, {})
         self._parked_count -= len(lanes)
         for lane in lanes:
             heapq.heappush(self._heap, (0.0, lane))
-        return bool(lanes)
 
     def due(self, now: float) -> Iterator[Lane]:
         """Take out the lanes that are due; one may come twice, or too early."""
         while self._heap and self._heap[0][0] <= now:
             _, lane = heapq.heappop(self._heap)
-            if (parked := self._parked.get(lane.upstream)) is not None and (park := parked.get(lane)) is not None:
+            if (parked := self.parked.get(lane.upstream)) is not None and (park := parked.get(lane)) is not None:
                 if park.since <= now < park.until:
                     heapq.heappush(self._heap, (park.until, lane))
                     continue
                 del parked[lane]
                 self._parked_count -= 1
                 if not parked:
-                    del self._parked[lane.upstream]
+                    del self.parked[lane.upstream]
             yield lane
 
     def next(self) -> float | None:

@@ -17,12 +17,13 @@ def test_a_parked_lane_is_not_due_before_its_time_whatever_is_added() -> None:
     assert set(timeline.due(102.0)) == {ACME}
 
 
-def test_only_the_lanes_of_one_upstream_are_unparked_and_who_has_none_is_told_so() -> None:
+def test_only_the_lanes_of_one_upstream_are_unparked() -> None:
     timeline = Timeline()
     for lane in (ACME, OTHER, GLOBEX):
         timeline.park(lane, now=100.0, latest=130.0)
-    assert timeline.unpark("acme")
-    assert not timeline.unpark("acme")
+    assert "acme" in timeline.parked
+    timeline.unpark("acme")
+    assert "acme" not in timeline.parked
     assert set(timeline.due(100.0)) == {ACME, OTHER}
     assert GLOBEX in set(timeline.due(102.0))
 
