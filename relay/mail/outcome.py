@@ -131,6 +131,8 @@ _NOT_AUTH = (*_GREETED, *_TRANSACTION)
 _NOT_MAIL = (Phase.RCPT, Phase.DATA, Phase.FINAL)
 _NOT_RCPT = (Phase.MAIL, Phase.DATA, Phase.FINAL)
 
+# Named here, as the attributes of an enum take long to look up.
+_FINAL = Phase.FINAL
 _SENT, _DEFERRED, _FAILED = Status.SENT, Status.DEFERRED, Status.FAILED
 _RECIPIENT, _MESSAGE, _UPSTREAM, _CREDENTIAL = Scope.RECIPIENT, Scope.MESSAGE, Scope.UPSTREAM, Scope.CREDENTIAL
 _THROTTLED, _QUOTA, _SENDER, _RELAYING = Meaning.THROTTLED, Meaning.QUOTA, Meaning.SENDER, Meaning.RELAYING
@@ -283,8 +285,8 @@ _BY_DIGIT: dict[tuple[Phase, str], tuple[Row, ...]] = {
 
 def outcome_of_reply(phase: Phase, reply: Reply, *, own: Sequence[Row] = ()) -> Outcome:
     """What `reply`, given in `phase`, means for a recipient of the transaction. `own`: a provider's own rows, looked at first."""
-    if phase is Phase.FINAL and reply.positive:  # the row for it, without looking through the table: nearly every message ends here
-        return Outcome(Status.SENT, Scope.MESSAGE, phase, reply)
+    if phase is _FINAL and 200 <= reply.code < 300:  # the row for it, without looking through the table: nearly every message ends here
+        return Outcome(_SENT, _MESSAGE, phase, reply)
     return _outcome(row_for(phase, reply, own=own), phase, reply)
 
 

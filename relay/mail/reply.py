@@ -4,12 +4,13 @@ Both directions use it: what we say to clients and what upstreams say to us. Wha
 """
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 # RFC 3463 section 2; the subject and detail have at most three digits.
 _ENHANCED = re.compile(r"([245])\.([0-9]{1,3})\.([0-9]{1,3})(?:[ \t]+|$)")
+_CODES = {b"%d " % code: code for code in range(200, 600)}
 # Controls, line and paragraph separators, what reverses the direction of text, lone surrogates, which no file takes.
-_PLAIN = re.compile(rb"([2-5]\d\d)[ -](?:([245])\.(\d{1,3}\.\d{1,3})(?: |$))?([!-~](?:[ -~]{0,998}[!-~])?)?")
 _UNSAFE = re.compile(r"[^\x20-\x7e\xa0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]+")
 _TEXT_LIMIT = 2000  # characters of one reply that are kept; aiosmtplib and Postfix keep less
 
@@ -48,11 +49,11 @@ def parse_reply(lines: list[bytes]) -> Reply:
     An enhanced code is taken from the first line that has one and removed from every line that repeats it; another one stays
     in the text. Raises MalformedReply when there is no line, a line has no three-digit code, or the codes differ.
     """
-    if len(lines) == 1 and (plain := _PLAIN.fullmatch(lines[0])) is not None:
-        digits, klass, detail, words = plain.groups()
-        if klass is None or klass == digits[:1]:
-            status = f"{klass.decode()}.{detail.decode()}" if klass else ""
-            return Reply(int(digits), status, words.decode("ascii") if words else "")
+    if len(lines) == 1 and len(line := lines[0]) < _TEXT_LIMIT and line.isascii() and (number := _CODES.get(line[:4])):
+        text = line[4:].decode().strip()
+        if text.isprintable():  # nearly all
+            first, _, others = text.partition(" ")
+            return Reply(number, first, others.lstrip()) if _is_enhanced(first, number) else Reply(number, "", text)
     code = 0
     enhanced = ""
     texts = []
@@ -73,6 +74,13 @@ def parse_reply(lines: list[bytes]) -> Reply:
     if not code:
         raise MalformedReply("no reply")
     return Reply(code, enhanced, told(" ".join(text for text in texts if text)))
+
+
+@lru_cache(maxsize=256)
+def _is_enhanced(word: str, code: int) -> bool:
+    """Whether the word is an enhanced code that goes with `code`: it begins with the same digit."""
+    match = _ENHANCED.fullmatch(word)
+    return match is not None and match[1] == str(code)[0]
 
 
 def told(text: str) -> str:

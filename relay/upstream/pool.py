@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 from relay.clock import Clock
@@ -44,6 +43,8 @@ _IDLE_LIMIT_SECONDS = 60.0
 _LEARNT_SECONDS = 3600.0  # it may have been a restart
 _NOT_FOR_IDLENESS_SECONDS = 1.0  # who closes sooner has another reason
 
+_CREDENTIAL = Scope.CREDENTIAL  # named, as the attributes of an enum take long to look up
+
 _SWEEP_SECONDS = 1.0
 _LEAVE_SECONDS = 1.0  # at the end of the program, for the answer to QUIT
 _TOKENS_SECONDS = 5.0  # and for a token server's, which may have to be stored
@@ -51,12 +52,6 @@ _TOKENS_SECONDS = 5.0  # and for a token server's, which may have to be stored
 
 def _silent(level: str, what: str) -> None:
     """What is noted where nobody listens."""
-
-
-@dataclass(slots=True)
-class _Idle:
-    session: Session
-    since: float
 
 
 class Pool:
@@ -90,7 +85,7 @@ class Pool:
             )
             for name, upstream in upstreams.items()
         }  # fmt: skip
-        self._idle: dict[str, list[_Idle]] = {}
+        self._idle: dict[str, list[Session]] = {}
         self._learnt: dict[str, tuple[float, float]] = {}
         self._recipients: dict[str, int] = {}
         self._rides: dict[str, Rides] = {}
@@ -105,7 +100,7 @@ class Pool:
         used, looks = login.upstream, login.looks
         outcomes = await self._send(name, message)
         first = outcomes[0]
-        if first.scope is not Scope.CREDENTIAL or first.in_doubt or not all(each.scope is Scope.CREDENTIAL for each in outcomes):
+        if first.scope is not _CREDENTIAL or first.in_doubt or not all(each.scope is _CREDENTIAL for each in outcomes):
             return outcomes
         if used.logs_in and first.phase is not Phase.RCPT:  # there it may be the recipient that is odd
             self._leave(name)
@@ -254,7 +249,7 @@ class Pool:
     def _take(self, name: str) -> Session | None:
         sessions = self._idle.get(name)
         while sessions:
-            session = sessions.pop().session
+            session = sessions.pop()
             if session.usable:
                 return session
             self._dismiss(session)
@@ -271,7 +266,8 @@ class Pool:
             session = None
         if rides.leave(session) or session is None:
             return
-        self._idle.setdefault(name, []).append(_Idle(session, self._clock.monotonic()))
+        session.idle_since = self._clock.monotonic()
+        self._idle.setdefault(name, []).append(session)
         if self._sweeper is None:
             self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep)
 
@@ -284,13 +280,11 @@ class Pool:
 
     def _ended(self, name: str, session: Session, _: object) -> None:
         """A connection is closed. When it was idle the other side has closed it, and sooner than we expected."""
-        for idle in self._idle.get(name, ()):
-            if idle.session is session:
-                self._idle[name].remove(idle)
-                now = self._clock.monotonic()
-                if now - idle.since >= _NOT_FOR_IDLENESS_SECONDS:
-                    self._learnt[name] = _SHARE * (now - idle.since), now + _LEARNT_SECONDS
-                return
+        if session in self._idle.get(name, ()):
+            self._idle[name].remove(session)
+            now = self._clock.monotonic()
+            if now - session.idle_since >= _NOT_FOR_IDLENESS_SECONDS:
+                self._learnt[name] = _SHARE * (now - session.idle_since), now + _LEARNT_SECONDS
 
     def _patience_seconds(self, name: str) -> float:
         """How long a session may be idle."""
@@ -301,8 +295,8 @@ class Pool:
 
     def _leave(self, name: str) -> None:
         """Let the idle sessions of an upstream go."""
-        for idle in self._idle.pop(name, ()):
-            self._retire(idle.session)
+        for session in self._idle.pop(name, ()):
+            self._retire(session)
 
     def _retire(self, session: Session) -> None:
         """Let an idle session go. It is in use until its connection is closed, for that is how the upstream counts."""
@@ -325,8 +319,8 @@ class Pool:
         now = self._clock.monotonic()
         for name, sessions in list(self._idle.items()):
             deadline = now - self._patience_seconds(name)
-            while sessions and sessions[0].since <= deadline:
-                self._retire(sessions.pop(0).session)
+            while sessions and sessions[0].idle_since <= deadline:
+                self._retire(sessions.pop(0))
             if not sessions:
                 del self._idle[name]
         if self._idle:

@@ -31,7 +31,7 @@ class Session:
 
     `upstream`: the settings that it was opened with. `validity`: of the certificate on the other side. `recipients_limit`: how many
     the upstream says that it takes in one transaction (RFC 9422), 0 where it does not. `busy`: a transaction is under way. `rider`: when
-    it ends, the session belongs to another message, which has come for it already. `rides`: those who may.
+    it ends, the session belongs to another message, which has come for it already. `rides`: those who may. `idle_since`: the pool's.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Session:
         self.rider = False
         self.rides: Rides | None = None
         self.messages = 0
+        self.idle_since = 0.0
 
         #: Whether messages may ride on it: where small ones do not go in one flight anyway.
         self.rideable = offer.pipelining and not offer.chunking

@@ -9,6 +9,7 @@ Where there is no CHUNKING, the commands of the next transaction may go out behi
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
+from operator import attrgetter
 from typing import NamedTuple
 
 from relay.config.upstreams import Timeouts
@@ -17,6 +18,11 @@ from relay.mail.envelope import Recipient
 from relay.mail.outcome import Failure, Outcome, Phase, Row, Status, outcome_of_failure, outcome_of_reply
 from relay.mail.reply import MalformedReply, Reply, parse_reply
 from relay.upstream.wire import Broken, Lines, Wire
+
+# Named here, as the attributes of an enum take long to look up.
+_MAIL, _RCPT, _DATA, _CONTENT, _FINAL = Phase.MAIL, Phase.RCPT, Phase.DATA, Phase.CONTENT, Phase.FINAL
+
+_wishes = attrgetter("notify")
 
 #: Content up to this size goes without asking first whether it is wanted: a round trip costs more than 64 KiB sent in vain.
 _ONE_FLIGHT_BYTES = 64 * 1024
@@ -91,9 +97,10 @@ class Transaction:
         self._message = message
         self._own = own
         self._handed_over = handed_over
-        self._outcomes: list[Outcome | None] = [None] * len(message.recipients)
-        self._phase = Phase.MAIL
-        self._sent_ahead: list[bytes] = []
+        self._refusals: dict[int, Outcome] = {}  # of recipients who were refused one by one, by their place
+        self._fate: Outcome | None = None  # of all the others
+        self._phase = _MAIL
+        self._sent_ahead: list[str] = []
         self.botched = False
         self.dirty = False
 
@@ -101,7 +108,7 @@ class Transaction:
         """One outcome per recipient, in their order. `reset`: begin with RSET. Raises Stale, only when `reused`."""
         if (lacking := self._lacking()) is not None:
             self.dirty = reset  # whoever comes next still has to
-            return self._fill(lacking)
+            return [lacking] * len(self._message.recipients)
         if self._sent_ahead:
             self._wire.come_up()
         try:
@@ -115,66 +122,73 @@ class Transaction:
         except MalformedReply as nonsense:
             self.botched = True
             self._fill(outcome_of_failure(self._phase, Failure.NONSENSE, f"{nonsense} ({_MOMENT[self._phase]})"))
-        wishes = self._offer.dsn and any(recipient.notify for recipient in self._message.recipients)
-        return self._told() if wishes else self._fill(None)
+        return self._outcomes()
 
     def send_ahead(self) -> None:
         """Send the commands while another transaction waits for the reply to its content (RFC 2920 section 3.1); `run` when it has it."""
         if self._lacking() is None:
             commands = self._commands(reset=False)
             with suppress(Broken):  # the other one will be told
-                self._wire.write_ahead(b"".join(commands), replies=len(commands))
+                self._wire.write_ahead("".join(commands).encode(), replies=len(commands))
                 self._sent_ahead = commands
 
-    def _told(self) -> list[Outcome]:
-        """The outcomes, where the upstream also took what recipients wish to be reported."""
-        pairs = zip(self._message.recipients, self._fill(None), strict=True)
-        return [known._replace(reports=True) if each.notify and known.status is Status.SENT else known for each, known in pairs]
+    def _outcomes(self) -> list[Outcome]:
+        """One for each recipient, and whether the upstream also took what he wishes to be reported."""
+        assert self._fate is not None, "whatever happened, it is somebody's fate"
+        recipients = self._message.recipients
+        outcomes = [self._fate] * len(recipients)
+        for place, refusal in self._refusals.items():
+            outcomes[place] = refusal
+        if self._offer.dsn and any(map(_wishes, recipients)):
+            pairs = zip(recipients, outcomes, strict=True)
+            return [known._replace(reports=True) if each.notify and known.status is Status.SENT else known for each, known in pairs]
+        return outcomes
 
     def _lacking(self) -> Outcome | None:
         """What it means for everybody when the upstream does not offer what the message needs."""
         message, offer = self._message, self._offer
         if message.eight_bit and not offer.eight_bit:
-            return without(Phase.MAIL, "8BITMIME", "5.6.3")
+            return without(_MAIL, "8BITMIME", "5.6.3")
         if message.smtputf8 and not offer.smtputf8:
-            return without(Phase.MAIL, "SMTPUTF8", "5.6.7")
+            return without(_MAIL, "SMTPUTF8", "5.6.7")
         if 0 < offer.size_limit < message.size:
-            return without(Phase.MAIL, f"SIZE {message.size} (its limit is {offer.size_limit})", "5.3.4")
+            return without(_MAIL, f"SIZE {message.size} (its limit is {offer.size_limit})", "5.3.4")
         return None
 
     # -- all at once ------------------------------------------------------------------------------------------------------
 
     @property
     def _fits_one_flight(self) -> bool:
-        offer, message = self._offer, self._message
-        small = message.rest is None and message.size <= _ONE_FLIGHT_BYTES and len(message.recipients) == 1
-        return small and offer.chunking and offer.pipelining
+        if not (self._offer.chunking and self._offer.pipelining):
+            return False
+        message = self._message
+        return message.rest is None and message.size <= _ONE_FLIGHT_BYTES and len(message.recipients) == 1
 
     async def _fly(self, *, reused: bool) -> None:
         """MAIL, RCPT, BDAT and the content in one flight (RFC 3030 section 4.2): in doubt from here to the reply that decides."""
         message, timeouts = self._message, self._timeouts
-        commands = b"%b%bBDAT %d LAST\r\n" % (self._mail(), self._rcpt(message.recipients[0]), len(message.octets))
+        commands = f"{self._mail()}{self._rcpt(message.recipients[0])}BDAT {len(message.octets)} LAST\r\n"
         replies: list[Lines] = []
         try:
-            self._wire.write(commands, message.octets)
-            self._phase = Phase.FINAL
+            self._wire.write(commands.encode(), message.octets)
+            self._phase = _FINAL
             while len(replies) < 3:
                 wanted = 3 - len(replies)
                 replies += await self._wire.replies(wanted, timeout_seconds=timeouts.command, last_timeout_seconds=timeouts.final)
         except Broken:
             if reused and self._stale(replies, reset=False):
-                raise Stale(in_doubt=not replies and self._phase is Phase.FINAL) from None
-            self._judge(replies[:2], reset=False)
+                raise Stale(in_doubt=not replies and self._phase is _FINAL) from None
+            self._judge(replies[:2])
             raise
         if reused and self._stale(replies, reset=False):
             raise Stale(in_doubt=False)
-        self._judge(replies[:2], reset=False)
-        self._phase = Phase.FINAL
+        self._judge(replies[:2])
+        self._phase = _FINAL
         reply = parse_reply(replies[2])
-        self.dirty = self._outcomes[0] is not None or not reply.positive
-        if reply.positive and self._outcomes[0] is not None:
+        self.dirty = self._fate is not None or not reply.positive
+        if reply.positive and self._fate is not None:
             self.botched = True  # taken in an envelope that it had refused: it is not at the place where we are
-        self._fill(outcome_of_reply(Phase.FINAL, reply, own=self._own))
+        self._fill(outcome_of_reply(_FINAL, reply, own=self._own))
         self._note(reply)
 
     # -- MAIL, RCPT, DATA -------------------------------------------------------------------------------------------------
@@ -184,79 +198,78 @@ class Transaction:
         commands = self._sent_ahead or self._commands(reset=reset)
         replies: list[Lines] = []
         try:
-            await (self._pipeline if self._offer.pipelining else self._converse)(commands, replies, reset=reset)
+            if not self._offer.pipelining:
+                await self._converse(commands, replies, reset=reset)
+            else:
+                if not self._sent_ahead:
+                    self._wire.write("".join(commands).encode())
+                while len(replies) < len(commands):
+                    replies += await self._wire.replies(len(commands) - len(replies), timeout_seconds=self._timeouts.command)
         except Broken:
+            self._phase = self._phase_of(len(replies), len(commands), reset=reset)
             if reused and self._stale(replies, reset=reset):
                 raise Stale(in_doubt=False) from None
-            self._judge(replies, reset=reset)
+            self._judge(replies[1:] if reset else replies)
             raise
         if reused and self._stale(replies, reset=reset):
             raise Stale(in_doubt=False)
-        self._judge(replies, reset=reset)
+        self._judge(replies[1:] if reset else replies)
         return self._go_ahead(replies, len(commands))
 
-    def _commands(self, *, reset: bool) -> list[bytes]:
-        return [*([b"RSET\r\n"] if reset else []), self._mail(), *map(self._rcpt, self._message.recipients), b"DATA\r\n"]
+    def _commands(self, *, reset: bool) -> list[str]:
+        commands = [self._mail(), *map(self._rcpt, self._message.recipients), "DATA\r\n"]
+        return ["RSET\r\n", *commands] if reset else commands
 
     def _stale(self, replies: list[Lines], *, reset: bool) -> bool:
         """Whether the session was over before this MAIL: it has no reply, or a 421 that is no request to slow down."""
-        if len(replies) <= int(reset) or (reset and not replies[0][-1].startswith(b"2")):
+        if reset and not (replies and replies[0][-1].startswith(b"2")):
             return True
-        mail = replies[int(reset)]
-        return mail[-1].startswith(b"421") and not outcome_of_reply(Phase.MAIL, parse_reply(mail), own=self._own).throttled
+        mail = replies[1:2] if reset else replies[:1]
+        return not mail or (mail[0][-1].startswith(b"421") and not outcome_of_reply(_MAIL, parse_reply(mail[0]), own=self._own).throttled)
 
-    async def _pipeline(self, commands: list[bytes], replies: list[Lines], *, reset: bool) -> None:
-        """All in one flight, which has left already where it was sent ahead."""
-        if not self._sent_ahead:
-            self._wire.write(b"".join(commands))
-        while len(replies) < len(commands):
-            self._phase = self._phase_of(len(replies), len(commands), reset=reset)
-            replies += await self._wire.replies(len(commands) - len(replies), timeout_seconds=self._timeouts.command)
-
-    async def _converse(self, commands: list[bytes], replies: list[Lines], *, reset: bool) -> None:
+    async def _converse(self, commands: list[str], replies: list[Lines], *, reset: bool) -> None:
         """One by one, and DATA only when somebody was taken."""
         for number, command in enumerate(commands):
-            if command == b"DATA\r\n" and not self._taken(replies, reset=reset):
+            if command == "DATA\r\n" and not self._taken(replies, reset=reset):
                 return
-            self._phase = self._phase_of(number, len(commands), reset=reset)
-            self._wire.write(command)
+            self._wire.write(command.encode())
             replies += await self._wire.replies(1, timeout_seconds=self._timeouts.command)
             if number <= int(reset) and not replies[-1][-1].startswith(b"2"):
                 return
 
-    def _mail(self) -> bytes:
+    def _mail(self) -> str:
         message, offer = self._message, self._offer
-        parameters = b" SIZE=%d" % message.size if offer.size else b""
+        parameters = f" SIZE={message.size}" if offer.size else ""
         if offer.eight_bit and message.eight_bit:
-            parameters += b" BODY=8BITMIME"
+            parameters += " BODY=8BITMIME"
         if message.smtputf8 or (message.utf8_header and offer.smtputf8):
-            parameters += b" SMTPUTF8"
+            parameters += " SMTPUTF8"
         if offer.dsn and (message.ret or message.envid):
-            parameters += _parameter(b"RET", message.ret) + _parameter(b"ENVID", message.envid)
-        return b"MAIL FROM:<%b>%b\r\n" % (message.sender.encode("utf-8"), parameters)
+            parameters += _parameter("RET", message.ret) + _parameter("ENVID", message.envid)
+        return f"MAIL FROM:<{message.sender}>{parameters}\r\n"
 
-    def _rcpt(self, recipient: Recipient) -> bytes:
-        parameters = b""
+    def _rcpt(self, recipient: Recipient) -> str:
+        parameters = ""
         if self._offer.dsn and (recipient.notify or recipient.orcpt):
-            parameters = _parameter(b"NOTIFY", recipient.notify) + _parameter(b"ORCPT", recipient.orcpt)
-        return b"RCPT TO:<%b>%b\r\n" % (recipient.address.encode("utf-8"), parameters)
+            parameters = _parameter("NOTIFY", recipient.notify) + _parameter("ORCPT", recipient.orcpt)
+        return f"RCPT TO:<{recipient.address}>{parameters}\r\n"
 
     def _taken(self, replies: list[Lines], *, reset: bool) -> bool:
         """Whether MAIL and at least one RCPT were answered with 2xx."""
         codes = [lines[-1][:1] for lines in replies[int(reset) :]]
         return codes[:1] == [b"2"] and b"2" in codes[1:]
 
-    def _judge(self, replies: list[Lines], *, reset: bool) -> None:
+    def _judge(self, replies: list[Lines]) -> None:
         """Give every recipient that MAIL's or its own reply speaks against its outcome."""
-        envelope = replies[int(reset) : int(reset) + 1 + len(self._outcomes)]
-        for number, lines in enumerate(envelope):
+        recipients = len(self._message.recipients)
+        for number, lines in enumerate(replies[: 1 + recipients]):
             if len(lines) == 1 and lines[0][:4] in (b"250 ", b"250"):
                 continue
-            phase = Phase.RCPT if number else Phase.MAIL
+            phase = _RCPT if number else _MAIL
             try:
                 reply = parse_reply(lines)
             except MalformedReply:
-                if self._phase is not Phase.FINAL:
+                if self._phase is not _FINAL:
                     self._phase = phase
                 raise
             if reply.positive:
@@ -265,17 +278,18 @@ class Transaction:
             if number == 0:
                 self._fill(outcome)
                 self.botched = self.botched or reply.code == 503  # nothing stands before MAIL: it has something else in mind
-            elif self._outcomes[number - 1] is None:
-                self._outcomes[number - 1] = outcome
+            elif self._fate is None:
+                self._refusals[number - 1] = outcome
+                if len(self._refusals) == recipients:
+                    self._fate = outcome  # nobody is left
             self._note(reply)
 
     def _go_ahead(self, replies: list[Lines], wanted: int) -> bool:
         """What the reply to DATA means, if there is one."""
-        refused = all(outcome is not None for outcome in self._outcomes)
-        self.dirty = refused
+        refused = self.dirty = self._fate is not None
         if len(replies) < wanted:  # never asked for
             return False
-        self._phase = Phase.DATA
+        self._phase = _DATA
         if not refused and len(replies[-1]) == 1 and replies[-1][0][:4] == b"354 ":
             return True
         data = parse_reply(replies[-1])
@@ -284,7 +298,7 @@ class Transaction:
             self._note(data)
             return False
         if data.code != 354:
-            self._fill(outcome_of_reply(Phase.DATA, data, own=self._own))
+            self._fill(outcome_of_reply(_DATA, data, own=self._own))
             self.dirty = True
             self._note(data)
             return False
@@ -292,14 +306,14 @@ class Transaction:
 
     def _phase_of(self, number: int, commands: int, *, reset: bool) -> Phase:
         if number <= int(reset):
-            return Phase.MAIL
-        return Phase.DATA if number == commands - 1 else Phase.RCPT
+            return _MAIL
+        return _DATA if number == commands - 1 else _RCPT
 
     # -- content ----------------------------------------------------------------------------------------------------------
 
     async def _content(self) -> None:
         message = self._message
-        self._phase = Phase.CONTENT
+        self._phase = _CONTENT
         if message.rest is None:
             # The dot goes in the same write as the content: apart, Nagle and delayed ACK cost 40 ms a message.
             octets = stuff(message.octets) if message.dotted else message.octets
@@ -310,13 +324,13 @@ class Transaction:
             if not done:
                 self.botched = True  # it answered in the middle: what it will do with the rest is anybody's guess
                 reply = parse_reply((await self._wire.replies(1, timeout_seconds=self._timeouts.command))[0])
-                self._fill(outcome_of_reply(Phase.CONTENT, reply, own=self._own))
+                self._fill(outcome_of_reply(_CONTENT, reply, own=self._own))
                 return
-        self._phase = Phase.FINAL
+        self._phase = _FINAL
         if self._handed_over is not None:
             self._handed_over()
         reply = parse_reply((await self._wire.replies(1, timeout_seconds=self._timeouts.final))[0])
-        self._fill(outcome_of_reply(Phase.FINAL, reply, own=self._own))
+        self._fill(outcome_of_reply(_FINAL, reply, own=self._own))
         self._note(reply)
 
     def _note(self, reply: Reply) -> None:
@@ -324,11 +338,9 @@ class Transaction:
         if reply.code == 421 or 300 <= reply.code < 400:
             self.botched = True
 
-    def _fill(self, outcome: Outcome | None) -> list[Outcome]:
+    def _fill(self, outcome: Outcome) -> None:
         """Give `outcome` to everybody who has none yet."""
-        if outcome is not None:
-            self._outcomes = [known or outcome for known in self._outcomes]
-        return [known for known in self._outcomes if known is not None]
+        self._fate = self._fate or outcome
 
 
 _MOMENT = {
@@ -346,8 +358,8 @@ def without(phase: Phase, extension: str, enhanced: str) -> Outcome:
     return outcome._replace(reply=Reply(0, enhanced, f"the upstream does not offer {extension}"))
 
 
-def _parameter(keyword: bytes, value: str) -> bytes:
-    return b" %b=%b" % (keyword, value.encode("utf-8")) if value else b""
+def _parameter(keyword: str, value: str) -> str:
+    return f" {keyword}={value}" if value else ""
 
 
 async def _stuffed(head: bytes, rest: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:

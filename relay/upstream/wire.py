@@ -38,24 +38,20 @@ class Wire(asyncio.Protocol):
         self._wanted = 0
         self._ahead = 0
         self._waiter: asyncio.Future[None] | None = None
-        self._lost: Broken | None = None
         self._paused = False
         self._patience_seconds = 0.0
         self._last_patience_seconds = 0.0
         self._unsent_bytes = 0
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self.lost: Broken | None = None  # why the connection cannot be used any more; what arrives unasked ends it, too
         self.ended: asyncio.Future[None] = self._loop.create_future()  # done when the transport is closed
         transport.set_protocol(self)
 
-    @property
-    def lost(self) -> Broken | None:
-        """Why the connection cannot be used any more, or None. What arrives unasked ends it, too."""
-        return self._lost
-
     def write(self, *octets: bytes) -> None:
         """Hand octets to the transport, all in one go. Raises Broken where it has ended: uvloop's then raise an error of their own."""
-        self._be_open()
+        if self.lost is not None or self._transport.is_closing():
+            self._be_open()
         self._transport.write(octets[0] if len(octets) == 1 else b"".join(octets))  # uvloop's writelines costs more than the copy
 
     def write_ahead(self, octets: bytes, *, replies: int) -> None:
@@ -75,12 +71,13 @@ class Wire(asyncio.Protocol):
         ended or the time ran out.
         """
         self._wanted, self._last_patience_seconds = count, last_timeout_seconds or timeout_seconds
-        while len(self._replies) < count and self._lost is None:
-            await self._wait(timeout_seconds if len(self._replies) < count - 1 else self._last_patience_seconds)
+        while (known := len(self._replies)) < count and self.lost is None:
+            await self._wait(timeout_seconds if known < count - 1 else self._last_patience_seconds)
         if not self._replies:
-            assert self._lost is not None, "the waiter ends with replies or a reason"
-            raise self._lost
-        taken, self._replies = self._replies[:count], self._replies[count:]
+            assert self.lost is not None, "the waiter ends with replies or a reason"
+            raise self.lost
+        taken = self._replies[:count]
+        del self._replies[:count]
         self._wanted = count - len(taken)
         return taken
 
@@ -91,7 +88,7 @@ class Wire(asyncio.Protocol):
         """
         self._wanted = 1
         async for octets in slices:
-            while self._paused and not self._replies and self._lost is None:
+            while self._paused and not self._replies and self.lost is None:
                 await self._wait(timeout_seconds, unsent_bytes=self._transport.get_write_buffer_size())
             if self._replies:
                 return False
@@ -101,27 +98,24 @@ class Wire(asyncio.Protocol):
 
     def _be_open(self) -> None:
         """Raise Broken where the connection is lost, also when `connection_lost` is still to come in the loop's next round."""
-        if self._lost is None and self._transport.is_closing():
+        if self.lost is None and self._transport.is_closing():
             self._end(Broken(Failure.CLOSED, "the upstream closed the connection"))
-        if self._lost is not None:
-            raise self._lost
+        if self.lost is not None:
+            raise self.lost
 
-    async def _wait(self, timeout_seconds: float, *, unsent_bytes: int = 0) -> None:
+    def _wait(self, timeout_seconds: float, *, unsent_bytes: int = 0) -> "asyncio.Future[None]":
         """Until released, or `timeout_seconds` without another reply or, where octets were unsent, without any of them going out."""
         self._patience_seconds, self._unsent_bytes = timeout_seconds, unsent_bytes
         self._deadline = self._loop.time() + timeout_seconds
         if self._timer is None or self._timer.when() > self._deadline:
             self._set_timer()
         self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        return self._waiter
 
     def quit(self, *, timeout_seconds: float) -> None:
         """Say QUIT and close when the answer or the end comes, or after `timeout_seconds`."""
-        if self._lost is None:
-            self._lost = Broken(Failure.CLOSED, "closed by us")
+        if self.lost is None:
+            self.lost = Broken(Failure.CLOSED, "closed by us")
             self._transport.write(b"QUIT\r\n")
             if self._timer is not None:
                 self._timer.cancel()
@@ -129,14 +123,14 @@ class Wire(asyncio.Protocol):
 
     def close(self) -> None:
         """End the connection at once: what is on it is not in step any more."""
-        if self._lost is None:
-            self._lost = Broken(Failure.CLOSED, "closed by us")
+        if self.lost is None:
+            self.lost = Broken(Failure.CLOSED, "closed by us")
         self._abort()
 
     # -- asyncio.Protocol -------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        if self._lost is not None:  # the answer to QUIT, or an end that was already noticed
+        if self.lost is not None:  # the answer to QUIT, or an end that was already noticed
             self._transport.close()
             return
         if not (self._wanted or self._ahead):
@@ -144,15 +138,16 @@ class Wire(asyncio.Protocol):
             return
         known = len(self._replies)
         self._split(data)
+        now = len(self._replies)
         piece = self._rest or self._lines
         if piece and len(self._rest) + sum(map(len, self._lines)) > _REPLY_LIMIT_BYTES:
             self._break_off(Broken(Failure.NONSENSE, f"a reply of more than {_REPLY_LIMIT_BYTES} octets"))
-        elif len(self._replies) >= self._wanted:
-            if len(self._replies) + bool(piece) > self._wanted + self._ahead:
+        elif now >= self._wanted:
+            if (now + 1 if piece else now) > self._wanted + self._ahead:
                 self._break_off(Broken(Failure.CLOSED, "the upstream said more than it was asked"))
             self._release()
-        elif len(self._replies) > known:  # a piece of one begins no new wait, or there would be no end of it
-            if len(self._replies) == self._wanted - 1:
+        elif now > known:  # a piece of one begins no new wait, or there would be no end of it
+            if now == self._wanted - 1:
                 self._patience_seconds = self._last_patience_seconds
             self._deadline = self._loop.time() + self._patience_seconds
 
@@ -194,7 +189,7 @@ class Wire(asyncio.Protocol):
     def _expire(self) -> None:
         """One timer a connection, left alone while waits come and go: it looks whether this one's time is up."""
         self._timer = None
-        if self._waiter is None:
+        if self._waiter is None or self._waiter.done():
             return
         unsent_bytes = self._transport.get_write_buffer_size() if self._unsent_bytes else 0
         if unsent_bytes < self._unsent_bytes:
@@ -214,8 +209,8 @@ class Wire(asyncio.Protocol):
             self._transport.abort()
 
     def _end(self, reason: Broken) -> None:
-        if self._lost is None:
-            self._lost = reason
+        if self.lost is None:
+            self.lost = reason
         self._release()
 
     def _release(self) -> None:

@@ -597,7 +597,7 @@ async def test_small_segments_are_not_held_back(tls: Authority, security: Securi
     server = ScriptedUpstream(security=security, tls=tls.server if security == "tls" else None)
     async with server, pool_to(acme=settings(server) if security == "none" else secured(server, tls, security)) as pool:
         assert all_sent(await pool.send("acme", outgoing()))
-        connection = pool._idle["acme"][0].session._wire._transport.get_extra_info("socket")
+        connection = pool._idle["acme"][0]._wire._transport.get_extra_info("socket")
         assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
 
 

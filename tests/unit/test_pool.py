@@ -204,7 +204,7 @@ async def test_an_upstream_that_says_421_and_leaves_while_the_session_is_idle_is
         for _ in range(3):
             idle.clear()
             assert all_sent(await pool.send("acme", outgoing()))
-            session = pool._idle["acme"][0].session
+            session = pool._idle["acme"][0]
             idle.set()
             await eventually(lambda session=session: not session.usable, "the session to notice")
 
