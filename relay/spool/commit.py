@@ -13,7 +13,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -31,36 +31,36 @@ GATHER_SECONDS = 0.003
 CROWD = 8
 
 
+#: Takes the arguments of all operations of its kind in a batch and gives their results, so that a kind can use one statement for many.
+Kind = Callable[[list[Any]], list[Any]]
+
+
 @dataclass(slots=True, eq=False)
-class Operation:
-    """One request; its result or error goes to `future`.
+class Operations:
+    """Those of one kind in a batch. What became of each, its result or its error, is put into `ends` and goes to its future."""
 
-    `run` takes the arguments of all operations of its kind in a batch and gives their results, so that a kind can use one statement
-    for many.
-    """
+    run: Kind
+    arguments: list[Any] = field(default_factory=list)
+    futures: list[asyncio.Future[Any]] = field(default_factory=list)
+    ends: list[Any] = field(default_factory=list)
 
-    run: Callable[[list[Any]], list[Any]]
-    argument: Any
-    future: asyncio.Future[Any]
-    result: Any = None
-    error: BaseException | None = None
+
+Batch = list[Operations]
 
 
 class GroupCommit:
     """Has `prepare(batch)` called on the loop and then `commit(batch)` in the thread for every batch; `housekeep()` in the thread when
     there is nothing to do. Never two of them at once.
 
-    `commit` must give every operation a result or an error. None of the three may raise; where `commit` does, its batch has failed.
+    `commit` must give every operation its end. None of the three may raise; where `commit` does, its batch has failed.
     """
 
-    def __init__(
-        self, prepare: Callable[[list[Operation]], None], commit: Callable[[list[Operation]], None], housekeep: Callable[[], None]
-    ) -> None:  # fmt: skip
+    def __init__(self, prepare: Callable[[Batch], None], commit: Callable[[Batch], None], housekeep: Callable[[], None]) -> None:
         self._prepare = prepare
         self._commit = commit
         self._housekeep = housekeep
         self._loop = asyncio.get_running_loop()
-        self._waiting: list[Operation] = []
+        self._waiting: dict[Kind, Operations] = {}
         self._urgent = False
         self._busy = False
         self._departed = 0.0
@@ -70,18 +70,18 @@ class GroupCommit:
         self._idle_timer = self._loop.call_later(IDLE_SECONDS, self._rest)
         self._stopping = False
         self._arrival: asyncio.Future[None] | None = None
-        self._work: queue.SimpleQueue[tuple[Callable[[], None], list[Operation]] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[Callable[[], None], Batch] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="spool-writer", daemon=True)
         self._thread.start()
 
-    def submit(self, run: Callable[[list[Any]], list[Any]], argument: Any) -> asyncio.Future[Any]:
+    def submit(self, run: Kind, argument: Any) -> asyncio.Future[Any]:
         """Have the operation committed as soon as the thread is free."""
         future = self._admit(run, argument)
         self._urgent = True
         self._arrange()
         return future
 
-    def ride(self, run: Callable[[list[Any]], list[Any]], argument: Any) -> asyncio.Future[Any]:
+    def ride(self, run: Kind, argument: Any) -> asyncio.Future[Any]:
         """Have the operation committed with the next that is submitted, or alone after RIDE_SECONDS."""
         future = self._admit(run, argument)
         if self._ride_timer is None:
@@ -99,12 +99,16 @@ class GroupCommit:
         self._work.put(None)
         await asyncio.to_thread(self._thread.join)
 
-    def _admit(self, run: Callable[[list[Any]], list[Any]], argument: Any) -> asyncio.Future[Any]:
+    def _admit(self, run: Kind, argument: Any) -> asyncio.Future[Any]:
         if self._stopping:
             raise SpoolError("the spool is closed")
-        operation = Operation(run, argument, self._loop.create_future())
-        self._waiting.append(operation)
-        return operation.future
+        operations = self._waiting.get(run)
+        if operations is None:
+            operations = self._waiting[run] = Operations(run)
+        future = self._loop.create_future()
+        operations.arguments.append(argument)
+        operations.futures.append(future)
+        return future
 
     def _hurry(self) -> None:
         """What rides has waited long enough."""
@@ -124,8 +128,9 @@ class GroupCommit:
 
     def _depart(self) -> None:
         self._departure = None
-        batch, self._waiting = self._waiting, []
-        self._urgent, self._busy, self._crowd, self._departed = False, True, len(batch), self._loop.time()
+        batch, self._waiting = list(self._waiting.values()), {}
+        self._urgent, self._busy, self._departed = False, True, self._loop.time()
+        self._crowd = sum([len(operations.futures) for operations in batch])
         self._prepare(batch)
         self._work.put((partial(self._commit, batch), batch))
 
@@ -135,14 +140,16 @@ class GroupCommit:
             self._busy = True
             self._work.put((self._housekeep, []))
 
-    def _arrive(self, batch: list[Operation]) -> None:
+    def _arrive(self, batch: Batch) -> None:
         self._busy = False
-        for operation in batch:
-            if not operation.future.done():
-                if operation.error is not None:
-                    operation.future.set_exception(operation.error)
+        for operations in batch:
+            for future, end in zip(operations.futures, operations.ends, strict=True):
+                if future.done():
+                    continue  # cancelled
+                if isinstance(end, Exception):
+                    future.set_exception(end)
                 else:
-                    operation.future.set_result(operation.result)
+                    future.set_result(end)
         self._arrange()
         if self._arrival is not None and not self._arrival.done():
             self._arrival.set_result(None)
@@ -154,6 +161,6 @@ class GroupCommit:
                 work()
             except Exception as error:  # without this thread every client would wait for ever; what is not known to be stored is not
                 self._loop.call_soon_threadsafe(self._loop.call_exception_handler, {"message": "the spool's writer", "exception": error})
-                for operation in batch:
-                    operation.error = operation.error or SpoolError(f"local error in the spool: {error}")
+                for operations in batch:
+                    operations.ends = [SpoolError(f"local error in the spool: {error}") for _ in operations.futures]
             self._loop.call_soon_threadsafe(self._arrive, batch)

@@ -6,13 +6,15 @@ of which the first schema's writer left out the last.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from relay.mail.dsn import wants
 from relay.mail.envelope import NO_SUMMARY, Envelope, Origin, Recipient, Summary
 from relay.spool.base import Content, MessageId, Settlement, Used
 
 _quote = json.encoder.encode_basestring
+#: What the plain recipient is beside its address.
+_PLAIN = Recipient("")[1:]
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -32,10 +34,10 @@ def id_of(number: int) -> MessageId:
     return MessageId(f"{number:013X}")
 
 
-def pack_recipients(recipients: Iterable[Recipient]) -> str:
-    recipients = tuple(recipients)
-    if len(recipients) == 1 and recipients[0] == Recipient(recipients[0].address) and recipients[0].address[:1] != "[":
-        return recipients[0].address
+def pack_recipients(recipients: Sequence[Recipient]) -> str:
+    first = recipients[0] if len(recipients) == 1 else None
+    if first is not None and first[1:] == _PLAIN and first.address[:1] != "[":
+        return first.address
     return _encode([(r.address, r.notify, r.orcpt, int(r.in_doubt), int(r.warned)) for r in recipients])
 
 
@@ -76,23 +78,26 @@ def is_unwarned(sender: str, recipients: Iterable[Recipient]) -> bool:
 
 
 def pack_facts(envelope: Envelope, origin: Origin, summary: Summary, content: Content) -> str:
-    texts = (
-        ("listener", origin.listener),
-        ("client", origin.client),
-        ("user", origin.user),
-        ("session", origin.session),
-        ("from", origin.header_from),
-        ("to", summary.to),
-        ("cc", summary.cc),
-        ("subject", summary.subject),
-        ("ret", envelope.ret),
-        ("envid", envelope.envid),
-    )
-    flags = (("utf8", envelope.smtputf8), ("8bit", content.eight_bit), ("dots", content.dotted))
+    listener, client, user, session, header_from = origin
+    to, cc, subject = summary
+    _, _, utf8, ret, envid = envelope
     # By hand, as json makes an encoder for each call, which costs as much as all the rest of a put.
-    members = [f'"{key}":{_quote(text)}' for key, text in texts if text]
-    members += [f'"{key}":true' for key, flag in flags if flag]
-    return "{" + ",".join(members) + "}"
+    members = (
+        f'"listener":{_quote(listener)},' if listener else "",
+        f'"client":{_quote(client)},' if client else "",
+        f'"user":{_quote(user)},' if user else "",
+        f'"session":{_quote(session)},' if session else "",
+        f'"from":{_quote(header_from)},' if header_from else "",
+        f'"to":{_quote(to)},' if to else "",
+        f'"cc":{_quote(cc)},' if cc else "",
+        f'"subject":{_quote(subject)},' if subject else "",
+        f'"ret":{_quote(ret)},' if ret else "",
+        f'"envid":{_quote(envid)},' if envid else "",
+        '"utf8":true,' if utf8 else "",
+        '"8bit":true,' if content.eight_bit else "",
+        '"dots":true,' if content.dotted else "",
+    )
+    return f"{{{''.join(members)[:-1]}}}"
 
 
 def unpack_facts(text: str) -> tuple[Origin, Summary, dict[str, str | bool]]:
@@ -122,23 +127,25 @@ def unpack_envelope(sender: str, recipients: tuple[Recipient, ...], facts: dict[
 
 def log_rows(settlement: Settlement, number: int, now: float) -> list[tuple[object, ...]]:
     """One row of the delivery log for each recipient of the attempt, or of a message that is held without one."""
-    claim, outcomes, then = settlement.claim, settlement.outcomes, settlement.next
-    held = then.held if then is not None and not settlement.tried else ""
-    if not settlement.tried and not held:
+    claim, outcomes, then, bounce, tried, _ = settlement
+    held = then.held if then is not None and not tried else ""
+    if not tried and not held:
         return []
-    text = pack_summary(claim.summary)
-    report = number_of(settlement.bounce.id) if settlement.bounce is not None else None
-    return [
-        (
-            now, number, claim.created, *claim.lane, claim.envelope.sender, r.address, "held" if held else outcomes[r.address].status.value,
-            claim.attempt, claim.content.size, held or str(outcomes[r.address].reply), text, report,
-        )
-        for r in claim.envelope.recipients
-    ]  # fmt: skip
+    sender, recipients = claim.envelope.sender, claim.envelope.recipients
+    created, attempt, size, text = claim.created, claim.attempt, claim.content.size, pack_summary(claim.summary)
+    report = number_of(bounce.id) if bounce is not None else None
+    rows: list[tuple[object, ...]] = []
+    for recipient in recipients:
+        outcome = outcomes[recipient.address]
+        # `value` is a method behind a descriptor, and as dear as the row.
+        status, reply = ("held", held) if held else (outcome.status._value_, str(outcome.reply))
+        rows.append((now, number, created, *claim.lane, sender, recipient.address, status, attempt, size, reply, text, report))
+    return rows
 
 
 def pack_summary(summary: Summary) -> str:
-    return f"[{','.join(map(_quote, summary))}]" if summary != NO_SUMMARY else ""
+    to, cc, subject = summary
+    return f"[{_quote(to)},{_quote(cc)},{_quote(subject)}]" if to or cc or subject else ""
 
 
 def unpack_summary(text: str) -> Summary:

@@ -35,7 +35,7 @@ from relay.spool.base import (
     Used,
     Waiting,
 )
-from relay.spool.commit import GroupCommit, Operation
+from relay.spool.commit import Batch, GroupCommit, Kind
 from relay.spool.files import ContentFiles, DirectoryLock
 from relay.spool.records import (
     continuation,
@@ -98,7 +98,7 @@ class SqliteSpool:
             raise kind(f"the spool in {directory} cannot be opened: {sql.in_words(error)}") from error
         self._rows = Rows(self._database, self._claims)
         self._verbs = Verbs(self._database, self._claims, self._rows)
-        self._leases: dict[int, Lease] = {}  # of the claims that this process has given out, by message
+        self._leases: dict[MessageId, Lease] = {}  # of the claims that this process has given out
         self._batches = Batches(self._database, self._room, quick=(self._rows.put, self._rows.end))
         self._room.watch(_CHECKPOINT, self._housekeep)
         self._room.look()
@@ -120,17 +120,29 @@ class SqliteSpool:
     async def put(self, drafts: Sequence[Draft], claimed: Sequence[bool]) -> Sequence[Claim | None]:
         contents: dict[int, tuple[int, Content]] = {}  # id(content) -> its number, and what is stored
         claims: list[Claim | None] = []
-        size = sum([draft.content.size for draft in drafts])
+        rows: list[tuple[object, ...]] = []
+        blobs: list[tuple[int, bytes]] = []
+        size = 0
+        for draft in drafts:
+            size += draft.content.size
+        shared = len(drafts) > 1 and len(drafts) > len({id(draft.content) for draft in drafts})
         try:
             if (full := self._room.full(size)) is not None:
                 raise full
-            for draft in drafts:
-                if id(draft.content) not in contents:
-                    number, content = number_of(draft.id), draft.content
+            for draft, claim in zip(drafts, claimed, strict=True):
+                number, content = number_of(draft.id), draft.content
+                if id(content) not in contents:
                     if content.octets is None or content.size > FILE_ABOVE_BYTES:
                         content = await self._files.store(content, number)
-                    contents[id(draft.content)] = (number, content)
-            await self._put_stored(drafts, claimed, contents, claims)
+                    else:
+                        blobs.append((number, content.octets))
+                    contents[id(draft.content)] = number, content
+                content_number, content = contents[id(draft.content)]
+                place = content_number, content.path is not None, shared
+                token = next(self._claims.tokens) if claim else None
+                rows.append(self._row(draft, number, place, token))
+                claims.append(self._begin(draft, content, number, place, token) if token is not None else None)
+            await self._commits.submit(self._rows.put, (rows, blobs))
         except Exception:
             self._forget(claims)
             if filed := [number for number, content in contents.values() if content.path is not None]:
@@ -139,36 +151,20 @@ class SqliteSpool:
         self._room.waiting_bytes += size
         return claims
 
-    async def _put_stored(
-        self, drafts: Sequence[Draft], claimed: Sequence[bool], contents: Mapping[int, tuple[int, Content]], claims: list[Claim | None]
-    ) -> None:  # fmt: skip
-        shared = len(drafts) > len(contents)
-        rows = []
-        for draft, claim in zip(drafts, claimed, strict=True):
-            number, content = contents[id(draft.content)]
-            token = next(self._claims.tokens) if claim else None
-            rows.append(self._row(draft, number, token, filed=content.path is not None, shared=shared))
-            claims.append(self._claim_of(draft, content, token) if token is not None else None)
-            if token is not None:
-                place = Place(number, content.path is not None, shared)
-                self._leases[number_of(draft.id)] = Lease(token, self._clock.monotonic() + LEASE_SECONDS, place)
-        blobs = [(number, content.octets) for number, content in contents.values() if content.path is None]
-        await self._commits.submit(self._rows.put, (rows, blobs))
-
-    def _row(self, draft: Draft, content: int, token: int | None, *, filed: bool, shared: bool) -> tuple[object, ...]:
-        envelope = draft.envelope
-        facts = pack_facts(envelope, draft.origin, draft.summary, draft.content)
-        due = draft.due if token is None else draft.created + self._backoff(1)
+    def _row(self, draft: Draft, number: int, place: Place, token: int | None) -> tuple[object, ...]:
+        _, lane, envelope, content, created, prefix, origin, summary, due = draft
+        if token is not None:
+            due = created + self._backoff(1)
         return (
-            number_of(draft.id), content, int(filed), int(shared), draft.lane.upstream, draft.lane.route, due, int(token is not None),
-            token, 0, "", draft.created, envelope.sender, pack_recipients(envelope.recipients), facts, draft.prefix, draft.content.size, "",
+            number, *place, *lane, due, token is not None, token, 0, "", created, envelope.sender, pack_recipients(envelope.recipients),
+            pack_facts(envelope, origin, summary, content), prefix, content.size, "",
         )  # fmt: skip
 
-    def _claim_of(self, draft: Draft, content: Content, token: int) -> Claim:
-        lease_until = self._clock.now() + LEASE_SECONDS
-        return Claim(
-            draft.id, token, draft.lane, draft.envelope, content, draft.created, 1, lease_until, draft.prefix, draft.origin, draft.summary
-        )
+    def _begin(self, draft: Draft, content: Content, number: int, place: Place, token: int) -> Claim:
+        """The claim of a draft that is stored as claimed."""
+        id, lane, envelope, _, created, prefix, origin, summary, _ = draft
+        self._leases[id] = Lease(number, token, self._clock.monotonic() + LEASE_SECONDS, place)
+        return Claim(id, token, lane, envelope, content, created, 1, self._clock.now() + LEASE_SECONDS, prefix, origin, summary)
 
     # -- delivery -----------------------------------------------------------------------------------------------------
 
@@ -201,13 +197,13 @@ class SqliteSpool:
 
     def _note(self, claimed: Sequence[tuple[Claim, Lease]]) -> list[Claim]:
         """Remember the leases of claims, and tell of what could not be claimed."""
-        self._leases |= {number_of(claim.id): lease for claim, lease in claimed}
+        self._leases |= {claim.id: lease for claim, lease in claimed}
         while self._claims.news:
             number, (lane, reason) = self._claims.news.popitem()
             self._quarantined(id_of(number), lane, reason)
         return [claim for claim, _ in claimed]
 
-    async def _ask(self, operation: Callable[[list[Any]], list[Any]], argument: Any) -> Any:
+    async def _ask(self, operation: Kind, argument: Any) -> Any:
         """Have the operation done, again while it meets damage that was not known."""
         for _ in range(_DAMAGES_LIMIT):
             try:
@@ -217,22 +213,21 @@ class SqliteSpool:
         raise SpoolError("the spool's database is damaged in too many places")
 
     async def settle(self, settlement: Settlement) -> None:
-        claim, outcomes, bounce = settlement.claim, settlement.outcomes, settlement.bounce
+        claim, outcomes, then, bounce, _, used = settlement
         recipients = claim.envelope.recipients
         assert outcomes.keys() == {r.address for r in recipients}, "every recipient is accounted for"
-        number = number_of(claim.id)
-        lease = self._leases.get(number)
+        lease = self._leases.get(claim.id)
         if lease is None or lease.token != claim.token:
             raise LeaseLost(claim.id)
-        rows: Puts = ([], [])
+        report: Puts | None = None
         if bounce is not None:
             assert bounce.content.octets is not None, "a bounce is small"
             mark = number_of(bounce.id)
-            rows = ([self._row(bounce, mark, None, filed=False, shared=False)], [(mark, bounce.content.octets)])
+            report = ([self._row(bounce, mark, (mark, False, False), None)], [(mark, bounce.content.octets)])
         waiting = [r for r in recipients if outcomes[r.address].status is Status.DEFERRED]
         values = continuation(settlement, waiting) if waiting else None
-        now, then = self._clock.now(), settlement.next
-        ending = Ending(number, lease, rows, log_rows(settlement, number, now), values, settlement.used)
+        now = self._clock.now()
+        ending = lease, values, log_rows(settlement, lease.number, now), report, used
         # What goes on at once, to a fallback or as a bounce, does not wait for company.
         store = self._commits.submit if bounce is not None or (then is not None and then.when <= now) else self._commits.ride
         try:
@@ -240,9 +235,9 @@ class SqliteSpool:
         except Again:
             unneeded = await self._settle_beside_damage(ending)
         except LeaseLost:
-            self._let_go(number, lease.token)
+            self._let_go(claim.id, lease.token)
             raise
-        self._let_go(number, lease.token)
+        self._let_go(claim.id, lease.token)
         self._room.waiting_bytes += (bounce.content.size if bounce else 0) - (0 if waiting else claim.content.size)
         if unneeded:
             self._files.remove(unneeded)
@@ -252,7 +247,7 @@ class SqliteSpool:
         unneeded: list[int]
         try:
             await self._commits.submit(self._claims.mend, None)
-            unneeded = await self._commits.submit(self._rows.resume if ending.values is not None else self._rows.end, ending)
+            unneeded = await self._commits.submit(self._rows.resume if ending[1] is not None else self._rows.end, ending)
         except (Again, SpoolError):
             unneeded = await self._ask(self._rows.end_beside_damage, ending)
         self._note(())
@@ -267,19 +262,19 @@ class SqliteSpool:
         now, until = self._clock.monotonic(), self._clock.now() + LEASE_SECONDS
         renewed = []
         for claim in claims:
-            lease = self._leases.get(number_of(claim.id))
+            lease = self._leases.get(claim.id)
             if lease is not None and lease.token == claim.token and lease.until > now:
-                self._leases[number_of(claim.id)] = lease._replace(until=now + LEASE_SECONDS)
+                self._leases[claim.id] = lease._replace(until=now + LEASE_SECONDS)
                 renewed.append(claim._replace(lease_until=until))
         return renewed
 
     async def next_due(self) -> Mapping[Lane, float]:
         await self._keep_step()
         now = self._clock.monotonic()
-        expired = [(number, lease.token) for number, lease in self._leases.items() if lease.until <= now]
-        due: Mapping[Lane, float] = await self._ask(self._claims.next_due, expired)
-        for number, token in expired:
-            self._let_go(number, token)
+        expired = [(id, lease) for id, lease in self._leases.items() if lease.until <= now]
+        due: Mapping[Lane, float] = await self._ask(self._claims.next_due, [(lease.number, lease.token) for _, lease in expired])
+        for id, lease in expired:
+            self._let_go(id, lease.token)
         self._note(())
         return due
 
@@ -346,15 +341,15 @@ class SqliteSpool:
     def _forget(self, claims: Sequence[Claim | None]) -> None:
         for claim in claims:
             if claim is not None:
-                self._let_go(number_of(claim.id), claim.token)
+                self._let_go(claim.id, claim.token)
 
-    def _let_go(self, number: int, token: int) -> None:
+    def _let_go(self, id: MessageId, token: int) -> None:
         """Forget a lease, unless the message has been claimed again in the meantime."""
-        lease = self._leases.get(number)
+        lease = self._leases.get(id)
         if lease is not None and lease.token == token:
-            del self._leases[number]
+            del self._leases[id]
 
-    def _commit(self, batch: list[Operation]) -> None:
+    def _commit(self, batch: Batch) -> None:
         self._batches.commit(batch)
         if self._rows.logged_bytes > _CHECKPOINT_BYTES:
             self._housekeep()  # under load there is no idle moment for it

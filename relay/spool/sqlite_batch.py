@@ -12,13 +12,12 @@ State: whether the batch under way is prepared, and how much had been changed wh
 
 import contextlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 import apsw
 
 from relay.spool.base import SpoolError, SpoolFull
-from relay.spool.commit import Operation
+from relay.spool.commit import Batch, Kind, Operations
 from relay.spool.room import Room
 
 #: What says that the disk, and not the operation, is at fault. A damaged page is neither: the others can be written.
@@ -37,8 +36,9 @@ class Batches:
     `room` is told when the database cannot be written, and when it can again.
     """
 
-    def __init__(self, database: apsw.Connection, room: Room, *, quick: tuple[Callable[[list[Any]], list[Any]], ...]) -> None:
+    def __init__(self, database: apsw.Connection, room: Room, *, quick: tuple[Kind, ...]) -> None:
         self._database = database
+        self._cursor = database.cursor()
         self._room = room
         self._quick = quick
         self._prepared = False
@@ -46,30 +46,33 @@ class Batches:
         database.set_busy_timeout(0)  # the loop waits for nobody
         room.watch(DATABASE, self.probe)
 
-    def prepare(self, batch: list[Operation]) -> None:
+    def prepare(self, batch: Batch) -> None:
         """On the loop, while the thread rests."""
         try:
-            self._database.execute("BEGIN IMMEDIATE")
-            self._run([operation for operation in batch if operation.run in self._quick])
+            self._cursor.execute("BEGIN IMMEDIATE")
+            for operations in batch:
+                if operations.run in self._quick:
+                    _apply(operations)
             self._prepared = True
         except Exception:  # the thread finds out whose fault it is
             self._prepared = False
 
-    def commit(self, batch: list[Operation]) -> None:
-        """In the thread. Gives every operation a result or an error."""
+    def commit(self, batch: Batch) -> None:
+        """In the thread. Gives every operation its end."""
         try:
             if self._prepared:
-                self._run([operation for operation in batch if operation.run not in self._quick])
-                self._database.execute("COMMIT")
+                for operations in batch:
+                    if operations.run not in self._quick:
+                        _apply(operations)
+                self._cursor.execute("COMMIT")
                 self._worked()
                 return
         except Exception:
             self._prepared = False
         self._roll_back()
         patience = time.monotonic() + _PATIENCE_SECONDS
-        for operation in batch:
-            self._database.set_busy_timeout(max(0, int(1000 * (patience - time.monotonic()))))
-            self._commit_alone(operation)
+        for operations in batch:
+            operations.ends = [self._commit_alone(operations.run, argument, patience) for argument in operations.arguments]
         self._database.set_busy_timeout(0)
 
     def probe(self) -> None:
@@ -83,15 +86,18 @@ class Batches:
         except apsw.Error as error:
             self._failed(error)
 
-    def _commit_alone(self, operation: Operation) -> None:
+    def _commit_alone(self, run: Kind, argument: Any, patience: float) -> Any:
+        """Answers with the result or the error. `patience`: until when (monotonic seconds)."""
+        self._database.set_busy_timeout(max(0, int(1000 * (patience - time.monotonic()))))
         try:
             self._database.execute("BEGIN IMMEDIATE")
-            self._run([operation])
+            (result,) = run([argument])
             self._database.execute("COMMIT")
             self._worked()
         except Exception as error:
             self._failed(error)
-            operation.error = spool_error(error)
+            return spool_error(error)
+        return result
 
     def _worked(self) -> None:
         """A commit that had nothing to write, such as a look for due mail that found none, proves nothing."""
@@ -105,20 +111,16 @@ class Batches:
             self._room.measure()
             self._room.failed(DATABASE, storage_fault(error))
 
-    def _run(self, batch: list[Operation]) -> None:
-        """Apply operations inside the open transaction, each kind together."""
-        kinds: dict[Callable[[list[Any]], list[Any]], list[Operation]] = {}
-        for operation in batch:
-            kinds.setdefault(operation.run, []).append(operation)
-        for run, operations in kinds.items():
-            results = run([operation.argument for operation in operations])
-            for operation, result in zip(operations, results, strict=True):
-                operation.result = result
-
     def _roll_back(self) -> None:
         if self._database.in_transaction:
             with contextlib.suppress(apsw.Error):  # it may have to read; the next BEGIN says what is wrong
                 self._database.execute("ROLLBACK")
+
+
+def _apply(operations: Operations) -> None:
+    """Inside the open transaction."""
+    operations.ends = operations.run(operations.arguments)
+    assert len(operations.ends) == len(operations.arguments), "every operation has its end"
 
 
 def spool_error(error: Exception) -> Exception:

@@ -36,17 +36,15 @@ _PAGE_ROWS = 500
 _LOOK_ROWS = 200
 
 
-class Place(NamedTuple):
-    """Where a message's content is."""
-
-    content: int
-    filed: bool
-    shared: bool
+#: Where a message's content is: its number, whether it is a file, and whether other messages may have it.
+Place = tuple[int, bool, bool]
 
 
 class Lease(NamedTuple):
-    """One claim of ours: until when (monotonic seconds: a clock that is set forward ends no lease), and where its content is."""
+    """One claim of ours: the message's number, until when (monotonic seconds: a clock that is set forward ends no lease), and where
+    its content is."""
 
+    number: int
     token: int
     until: float
     place: Place
@@ -286,7 +284,7 @@ class Claims:
             id_of(number), token, Lane(upstream, route), envelope, content, created, attempts + (token > 0), now + LEASE_SECONDS, prefix,
             origin, summary, held,
         )  # fmt: skip
-        return claim, Lease(token, self._clock.monotonic() + LEASE_SECONDS, Place(content_number, bool(filed), bool(shared)))
+        return claim, Lease(number, token, self._clock.monotonic() + LEASE_SECONDS, (content_number, bool(filed), bool(shared)))
 
     def _octets(self, number: int, content: int, size: int) -> bytes:
         try:

@@ -7,8 +7,7 @@ became of the message is stored all the same, or it would be sent again at every
 State: an estimate of how much has been logged since the last checkpoint.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import apsw
 
@@ -24,18 +23,9 @@ _ROW_BYTES = 2048  # what a message's rows and pages come to in the log, beside 
 Puts = tuple[list[tuple[object, ...]], list[tuple[int, bytes]]]
 
 
-class Ending(NamedTuple):
-    """What is needed to settle one claim: the bounce's rows, those of the delivery log, and what was used of quotas.
-
-    `values`: what changes in a message that goes back to a lane; None for one that has nobody left to serve.
-    """
-
-    number: int
-    lease: Lease
-    bounce: Puts
-    log: list[tuple[object, ...]]
-    values: tuple[object, ...] | None
-    used: tuple[Used, ...] = ()
+#: What is needed to settle one claim: its lease; what changes in a message that goes back to a lane, None for one that has nobody left to
+#: serve; rows of the delivery log; the bounce, if there is one; and what was used of quotas.
+Ending = tuple[Lease, tuple[object, ...] | None, list[tuple[object, ...]], Puts | None, tuple[Used, ...]]
 
 
 class Rows:
@@ -43,27 +33,31 @@ class Rows:
 
     def __init__(self, database: apsw.Connection, claims: Claims) -> None:
         self._database = database
+        self._cursor = database.cursor()  # for what each batch does: to make one costs as much as to put a row
         self._claims = claims
         self.logged_bytes = 0
         self._used_damaged = False
 
     def put(self, arguments: list[Puts]) -> list[None]:
-        blobs = [blob for _, blobs in arguments for blob in blobs]
-        self._insert(sql.put_messages, [row for rows, _ in arguments for row in rows])
-        self._insert(sql.put_contents, blobs)
-        self.logged(len(arguments), sum(len(octets) for _, octets in blobs))
+        rows: list[tuple[object, ...]] = []
+        blobs: list[tuple[int, bytes]] = []
+        for messages, contents in arguments:
+            rows += messages
+            blobs += contents
+        self._cursor.executemany(sql.PUT_MESSAGE, rows)
+        self._cursor.executemany(sql.PUT_CONTENT, blobs)
+        self.logged(len(arguments), sum([len(octets) for _, octets in blobs]))
         return [None] * len(arguments)
 
     def end(self, endings: list[Ending]) -> list[list[int]]:
         """Remove messages that have nobody left to serve. Answers, for each, the content files that nobody needs any more."""
-        keys = [(ending.number, ending.lease.token) for ending in endings]
+        leases = [lease for lease, _, _, _, _ in endings]
+        before = self._database.total_changes()
         try:
-            for start in range(0, len(keys), sql.ROWS_A_STATEMENT):
-                some = keys[start : start + sql.ROWS_A_STATEMENT]
-                self._database.execute(sql.end_messages(len(some)), [value for key in some for value in key])
-                if self._database.changes() != len(some):
-                    raise LeaseLost(id_of(some[0][0]))  # of one of them: the batch is undone and each is tried alone
-            files = self.forget([ending.lease.place for ending in endings])
+            self._cursor.executemany(sql.END_MESSAGE, [(number, token) for number, token, _, _ in leases])
+            if self._database.total_changes() - before != len(leases):
+                raise LeaseLost(id_of(leases[0].number))  # of one of them: the batch is undone and each is tried alone
+            files = self.forget([place for _, _, _, place in leases])
         except apsw.CorruptError as error:
             raise Again from error
         self._conclude(endings)
@@ -71,21 +65,21 @@ class Rows:
 
     def resume(self, endings: list[Ending]) -> list[list[int]]:
         """Give messages back to their lanes."""
-        for ending in endings:
-            assert ending.values is not None, "it is known what is next"
+        for lease, values, _, _, _ in endings:
+            assert values is not None, "it is known what is next"
             try:
-                self._database.execute(sql.CONTINUE, (*ending.values, ending.number, ending.lease.token))
+                self._database.execute(sql.CONTINUE, (*values, lease.number, lease.token))
             except apsw.CorruptError as error:
                 raise Again from error
             if not self._database.changes():
-                raise LeaseLost(id_of(ending.number))
+                raise LeaseLost(id_of(lease.number))
         self._conclude(endings)
         return [[] for _ in endings]
 
     def end_beside_damage(self, endings: list[Ending]) -> list[list[int]]:
         """Store what became of messages whose rows cannot be removed or changed as they should."""
-        for ending in endings:
-            self._claims.leave(ending.number, sql.STUCK if ending.values is None else sql.LOST)
+        for lease, values, _, _, _ in endings:
+            self._claims.leave(lease.number, sql.STUCK if values is None else sql.LOST)
         self._conclude(endings)
         return [[] for _ in endings]
 
@@ -111,7 +105,7 @@ class Rows:
             files.append([content] if filed and not needed else [])
             if not filed and not needed:
                 blobs.append((content,))
-        self._insert(sql.end_contents, blobs)
+        self._cursor.executemany(sql.END_CONTENT, blobs)
         return files
 
     def logged(self, messages: int, octets: int = 0) -> None:
@@ -120,11 +114,20 @@ class Rows:
 
     def _conclude(self, endings: list[Ending]) -> None:
         """What every settle does beside: its bounce and its lines in the delivery log."""
-        self.put([ending.bounce for ending in endings])
-        self._insert(sql.put_log, [row for ending in endings for row in ending.log])
-        if (used := [each for ending in endings for each in ending.used]) and not self._used_damaged:
+        log: list[tuple[object, ...]] = []
+        bounces: list[Puts] = []
+        used: list[Used] = []
+        for _, _, lines, bounce, of_quotas in endings:
+            log += lines
+            used += of_quotas
+            if bounce is not None:
+                bounces.append(bounce)
+        if bounces:
+            self.put(bounces)
+        self._cursor.executemany(sql.PUT_LOG, log)
+        if used and not self._used_damaged:
             self._use(used)
-        self.logged(len(endings))
+        self.logged(2 * len(endings))
 
     def _use(self, used: Iterable[Used]) -> None:
         """Add to what is known of quotas; that it is damaged must not keep mail from its end."""
@@ -137,9 +140,3 @@ class Rows:
         except apsw.CorruptError as error:
             self._used_damaged = True
             raise Again from error
-
-    def _insert(self, statement: Callable[[int], str], rows: Sequence[tuple[object, ...]]) -> None:
-        """Insert rows, as many as one statement takes at a time."""
-        for start in range(0, len(rows), sql.ROWS_A_STATEMENT):
-            some = rows[start : start + sql.ROWS_A_STATEMENT]
-            self._database.execute(statement(len(some)), [value for row in some for value in row])

@@ -4,7 +4,6 @@ Settings: WAL with synchronous=FULL, so that a commit is on the disk when it ret
 thread chooses the moment; incremental vacuum, so that the file can shrink after a backlog.
 """
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,42 +102,15 @@ USED_AHEAD = """INSERT INTO used SELECT upstream, seconds, :now, sum(transaction
 FORGET_AHEAD = "DELETE FROM used WHERE start > :now"
 FORGET_USED = "DELETE FROM used WHERE start + 2 * seconds <= ?"
 
+# One row each, for executemany: several in one statement are a table that SQLite makes first and then reads.
+PUT_MESSAGE = f"INSERT INTO message VALUES ({','.join('?' * 18)})"
+PUT_CONTENT = "INSERT INTO content VALUES (?, ?)"
+PUT_LOG = """INSERT INTO log (time, id, created, upstream, route, sender, recipient, status, attempt, size, reply, summary, report)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+END_MESSAGE = "DELETE FROM message WHERE id = ? AND token = ?"
+END_CONTENT = "DELETE FROM content WHERE id = ?"
+
 SHARING = "SELECT 1 FROM message WHERE content = ? AND shared = 1"
-#: Statements for many rows take at most this many; each number of rows is a statement of its own in the driver's cache.
-ROWS_A_STATEMENT = 32
-
-
-@cache
-def put_messages(count: int) -> str:
-    return f"INSERT INTO message VALUES {_tuples(count, 18)}"
-
-
-@cache
-def put_contents(count: int) -> str:
-    return f"INSERT INTO content VALUES {_tuples(count, 2)}"
-
-
-@cache
-def put_log(count: int) -> str:
-    columns = "time, id, created, upstream, route, sender, recipient, status, attempt, size, reply, summary, report"
-    return f"INSERT INTO log ({columns}) VALUES {_tuples(count, 13)}"
-
-
-@cache
-def end_messages(count: int) -> str:
-    """Only where the claim is still held."""
-    return f"DELETE FROM message WHERE (id, token) IN (VALUES {_tuples(count, 2)})"
-
-
-@cache
-def end_contents(count: int) -> str:
-    return f"DELETE FROM content WHERE id IN ({','.join('?' * count)})"
-
-
-def _tuples(count: int, width: int) -> str:
-    return ",".join([f"({','.join('?' * width)})"] * count)
-
-
 CONTINUE = """UPDATE message SET token = NULL, upstream = ?, route = ?, due = ?, attempts = attempts - ?, held = ?, recipients = ?,
     doubt = 0, reply = ifnull(?, reply) WHERE id = ? AND token = ?"""
 CLAIMABLE = """SELECT id FROM message
@@ -226,7 +198,7 @@ def open_database(path: Path, *, now: float) -> apsw.Connection:
     path.touch(mode=0o600)  # SQLite gives its other files the same mode
     if new:
         sync_directory(path.parent)  # before there is a log: power loss must not leave one without its database
-    database = apsw.Connection(str(path), statementcachesize=8 * ROWS_A_STATEMENT)
+    database = apsw.Connection(str(path))
     database.set_busy_timeout(10_000)  # a reader that recovers the log after a crash holds it for a moment
     if new:
         database.pragma("page_size", _PAGE_BYTES)

@@ -15,7 +15,7 @@ import apsw
 from relay.spool import sqlite_schema as sql
 from relay.spool.base import Claim, Lane, Next, Selection, Waiting
 from relay.spool.records import addresses_of, id_of, is_unwarned, recipients_of, summary_of
-from relay.spool.sqlite_claims import Again, Claims, Lease, Place
+from relay.spool.sqlite_claims import Again, Claims, Lease
 from relay.spool.sqlite_damage import fetch_texts, read_page
 from relay.spool.sqlite_rows import Rows
 
@@ -149,7 +149,7 @@ class Verbs:
 
     def _forget(self, row: _Row) -> list[int]:
         try:
-            return self._rows.forget([Place(row.content, bool(row.filed), bool(row.shared))])[0]
+            return self._rows.forget([(row.content, bool(row.filed), bool(row.shared))])[0]
         except apsw.CorruptError as error:
             self._stuck_contents.add(row.content)
             raise Again from error
@@ -227,4 +227,4 @@ class Verbs:
                 )
                 for address in addresses_of(row.recipients) or ("",)
             ]  # fmt: skip
-        self._database.executemany(sql.put_log(1), lines)
+        self._database.executemany(sql.PUT_LOG, lines)

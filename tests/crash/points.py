@@ -25,7 +25,7 @@ def _always(_: tuple[Any, ...]) -> bool:
 
 def _batch_with(*names: str) -> Condition:
     """A batch that has an operation of these."""
-    return lambda arguments: any(operation.run.__name__ in names for operation in arguments[1])
+    return lambda arguments: any(operations.run.__name__ in names for operations in arguments[1])
 
 
 def _descriptor_in(folder: str) -> Condition:

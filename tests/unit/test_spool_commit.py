@@ -9,11 +9,15 @@ import pytest
 
 from relay.spool import commit
 from relay.spool.base import SpoolError
-from relay.spool.commit import GroupCommit, Operation
+from relay.spool.commit import Batch, GroupCommit
 
 
 def nothing(_: list[Any]) -> list[Any]:
     raise AssertionError("the test's commit runs nothing")
+
+
+def arguments_of(batch: Batch) -> list[Any]:
+    return [argument for operations in batch for argument in operations.arguments]
 
 
 class Recorder:
@@ -27,18 +31,15 @@ class Recorder:
         self.gate.set()
         self.commits = GroupCommit(self._prepare, self._commit, self._housekeep)
 
-    def _prepare(self, batch: list[Operation]) -> None:
-        self.prepared.append(([operation.argument for operation in batch], threading.current_thread() is threading.main_thread()))
+    def _prepare(self, batch: Batch) -> None:
+        self.prepared.append((arguments_of(batch), threading.current_thread() is threading.main_thread()))
 
-    def _commit(self, batch: list[Operation]) -> None:
+    def _commit(self, batch: Batch) -> None:
         assert threading.current_thread() is not threading.main_thread()
-        self.batches.append([operation.argument for operation in batch])
+        self.batches.append(arguments_of(batch))
         self.gate.wait(60)
-        for operation in batch:
-            if isinstance(operation.argument, Exception):
-                operation.error = operation.argument
-            else:
-                operation.result = f"done {operation.argument}"
+        for operations in batch:
+            operations.ends = [each if isinstance(each, Exception) else f"done {each}" for each in operations.arguments]
 
     def _housekeep(self) -> None:
         self.swept += 1
@@ -163,7 +164,7 @@ async def test_an_idle_thread_keeps_house(recorder: Recorder, monkeypatch: pytes
 async def test_a_writer_that_meets_the_unexpected_fails_its_batch_says_so_and_goes_on(recorder: Recorder) -> None:
     told: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
-    recorder.commits._commit = lambda batch: batch[5].future.result()  # an IndexError
+    recorder.commits._commit = lambda batch: batch[5].run([])[0]  # an IndexError
     with pytest.raises(SpoolError, match="local error in the spool"):
         await recorder.submit("a")
     assert [type(context["exception"]) for context in told] == [IndexError]

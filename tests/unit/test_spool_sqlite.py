@@ -604,8 +604,8 @@ async def test_what_goes_on_at_once_does_not_wait_for_company(spool: SqliteSpool
         (sql.SHARING, "SEARCH message USING COVERING INDEX sharing (content=?)"),
         (sql.CONTINUE, "SEARCH message USING INTEGER PRIMARY KEY"),
         (sql.EXPIRE, "SEARCH message USING INTEGER PRIMARY KEY"),
-        (sql.end_messages(3), "SEARCH message USING INTEGER PRIMARY KEY"),
-        (sql.end_contents(3), "SEARCH content USING INTEGER PRIMARY KEY"),
+        (sql.END_MESSAGE, "SEARCH message USING INTEGER PRIMARY KEY"),
+        (sql.END_CONTENT, "SEARCH content USING INTEGER PRIMARY KEY"),
     ],
 )
 async def test_a_long_queue_is_never_read_whole(spool: SqliteSpool, statement: str, plan: str) -> None:

@@ -14,7 +14,7 @@ from relay.spool import sqlite_schema as sql
 from relay.spool.base import EVERYTHING, Claim, Draft, Lane, LeaseLost, MessageId, Next, Selection, SpoolError, Used
 from relay.spool.records import number_of
 from relay.spool.sqlite import SqliteSpool
-from relay.spool.sqlite_claims import Lease, Place
+from relay.spool.sqlite_claims import Lease
 from relay.spool.sqlite_damage import read_page
 from relay.spool.sqlite_schema import DATABASE
 from relay.spool.sqlite_view import SqliteView
@@ -234,12 +234,11 @@ async def test_what_is_damaged_while_it_is_attempted_is_not_settled_for_ever(att
     attic.damage("<0020>")
     spool = attic.open()
     await spool.next_due()
-    number = number_of(claims[20].id)
-    lease = Lease(7, 1e9, Place(number, False, False))
-    spool._leases[number] = lease
+    for claim in claims[20:22]:
+        number = number_of(claim.id)
+        spool._leases[claim.id] = Lease(number, 7, 1e9, (number, False, False))
     bounce = draft(spool, sender="", lane=OTHER_LANE)
     await spool.settle(settlement(claims[20]._replace(token=7), FAILED, bounce=bounce))
-    spool._leases[number + 1] = lease
     await spool.settle(settlement(claims[21]._replace(token=7), DEFERRED, then=Next(0.0, LANE)))
     assert [claim.id for claim in await spool.claim(OTHER_LANE, 10)] == [bounce.id]
     assert {claims[20].id, claims[21].id} <= {id for id, _, _ in attic.told}
@@ -256,7 +255,7 @@ async def test_a_claim_of_a_damaged_record_that_expires_keeps_nobody_from_lookin
     attic.damage("<0020>")
     spool = attic.open()
     number = number_of(claims[20].id)
-    spool._leases[number] = Lease(7, 0.0, Place(number, False, False))
+    spool._leases[claims[20].id] = Lease(number, 7, 0.0, (number, False, False))
     assert list(await spool.next_due()) == [LANE]
     assert spool._leases == {}
     await spool.close()
