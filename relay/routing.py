@@ -19,6 +19,7 @@ from relay.mail.envelope import Facts, Origin
 from relay.mail.rewrite import Rewrite
 
 _NO_RULES = Rewrite()
+_NO_ROUTE = "no route takes this sender"
 _client_of = lru_cache(maxsize=8192)(client_of)
 
 
@@ -29,9 +30,6 @@ class Verdict:
     route: Route
     matched: bool
     why: str
-
-
-NO_ROUTE = "no route takes this sender"
 
 
 class Router:
@@ -105,7 +103,7 @@ class Router:
         """
         if not sender and not origin.header_from and self._routes:
             return None
-        decided, refusal, rejects_some = len(self._routes), NO_ROUTE, False
+        decided, refusal, rejects_some = len(self._routes), _NO_ROUTE, False
         for number in self._candidates(sender, origin):
             route = self._routes[number]
             if not _admits(route, origin):

@@ -215,6 +215,12 @@ def test_a_value_is_decoded_for_display(raw: bytes, expected: str) -> None:
     assert unfold(raw) == expected
 
 
+def test_a_long_from_is_read_as_a_short_one_is() -> None:
+    for name in (b"App", b"x" * 100_000):
+        found = scan(b"Subject: hello\r\nFrom: %b <app@acme.example>\r\nTo: you@example.org\r\n" % name)
+        assert from_address(found[b"from"]) == "app@acme.example"
+
+
 def test_no_flood_of_long_from_fields_is_remembered() -> None:
     tracemalloc.start()
     try:
