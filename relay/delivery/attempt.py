@@ -187,7 +187,7 @@ class Attempts:
             size=len(octets) + claim.content.size - len(head),
             rest=rest,
             eight_bit=claim.content.eight_bit or not block.isascii(),
-            dotted=claim.content.dotted or (not untouched and has_dot_line(block)),  # our own fields have no such line
+            dotted=claim.content.dotted or (not untouched and has_dot_line(block)),  # the prefix has no such line
             smtputf8=not (sender.isascii() and all(r.address.isascii() for r in envelope.recipients)),
             ret=envelope.ret,
             envid=envelope.envid,

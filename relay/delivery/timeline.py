@@ -26,7 +26,7 @@ class _Park(NamedTuple):
 
 
 class Timeline:
-    """Lanes by their times (seconds since the epoch). `parked`: the upstreams that have lanes which are, and these."""
+    """Lanes by their times (seconds since the epoch). `parked`: by upstream, its lanes that are; for a look."""
 
     def __init__(self) -> None:
         self._due: dict[Lane, float] = {}

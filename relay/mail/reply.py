@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 # RFC 3463 section 2; the subject and detail have at most three digits.
 _ENHANCED = re.compile(r"([245])\.([0-9]{1,3})\.([0-9]{1,3})(?:[ \t]+|$)")
+# How the only line of a reply begins; "250" alone and "250-" go the long way.
 _CODES = {b"%d " % code: code for code in range(200, 600)}
 # Controls, line and paragraph separators, what reverses the direction of text, lone surrogates, which no file takes.
 _UNSAFE = re.compile(r"[^\x20-\x7e\xa0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]+")

@@ -98,7 +98,7 @@ class Transaction:
         self._own = own
         self._handed_over = handed_over
         self._refusals: dict[int, Outcome] = {}  # of recipients who were refused one by one, by their place
-        self._fate: Outcome | None = None  # of all the others
+        self._fate: Outcome | None = None  # of all the others; once it is known, nothing is left to be decided
         self._phase = _MAIL
         self._sent_ahead: list[str] = []
         self.botched = False

@@ -104,7 +104,7 @@ class Wire(asyncio.Protocol):
             raise self.lost
 
     def _wait(self, timeout_seconds: float, *, unsent_bytes: int = 0) -> "asyncio.Future[None]":
-        """Until released, or `timeout_seconds` without another reply or, where octets were unsent, without any of them going out."""
+        """Done when released; `timeout_seconds` without another reply, or without any of the unsent octets going out, break the wire."""
         self._patience_seconds, self._unsent_bytes = timeout_seconds, unsent_bytes
         self._deadline = self._loop.time() + timeout_seconds
         if self._timer is None or self._timer.when() > self._deadline:

@@ -14,6 +14,7 @@ from relay.mail.reply import MalformedReply, Reply, parse_reply, printable
         ([b"250 "], Reply(250, "", "")),
         ([b"250 2.1.0"], Reply(250, "2.1.0", "")),
         ([b"250  2.1.0  Ok "], Reply(250, "2.1.0", "Ok")),
+        ([b"550 5.1.1  No such user"], Reply(550, "5.1.1", "No such user")),
         ([b"354 go ahead"], Reply(354, "", "go ahead")),
         ([b"550-5.1.1 No such", b"550 5.1.1 user"], Reply(550, "5.1.1", "No such user")),
         ([b"550-No such", b"550 5.1.1 user"], Reply(550, "5.1.1", "No such user")),
