@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.fuzz.test_listener import converse
 from tests.support.front import Front
 
-CODES = {220, 221, 235, 250, 334, 354, 421, 454, 500, 501, 503, 504, 530, 535, 553, 554}
+CODES = {214, 220, 221, 235, 250, 334, 354, 421, 454, 500, 501, 503, 504, 530, 535, 553, 554}
 USERS = {"erp": {"password": "s3cret", "senders": ["acme.example"]}, "jürgen": {"password": "pässwort", "senders": ["acme.example"]}}
 RIGHT = [(name, str(keys["password"])) for name, keys in USERS.items()]
 _LINE = re.compile(rb"([2-5][0-9][0-9])([ -])([\x20-\x7e]*)")
