@@ -40,6 +40,9 @@ class Peer(NamedTuple):
         return self.address or f"uid:{self.uid}"
 
 
+NOBODY = Peer()
+
+
 def peer_of(transport: asyncio.BaseTransport) -> Peer | None:
     """Who has connected; None when the connection was reset before we came to look at it."""
     name = transport.get_extra_info("peername")

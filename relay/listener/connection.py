@@ -20,7 +20,7 @@ from relay.listener.access import Peer
 from relay.listener.data import Disconnected, Input
 from relay.listener.dialogue import Dialogue
 from relay.listener.tls import HandshakeError, shake_hands
-from relay.mail.envelope import Origin
+from relay.mail.envelope import NO_ORIGIN
 from relay.mail.reply import Reply
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ class Connection(smtp.SMTP):
         self._introduced = peer
         self._input = Input(door.budget)
         self.deadline = 0.0
-        self._origin = Origin()
-        self._dialogue = Dialogue(door, self._origin, Peer())
+        self._origin = NO_ORIGIN
+        self._dialogue = Dialogue(door)
         self._errors = 0
         self._commands = 0  # since the last message that was taken
         self._admitted = False
@@ -110,9 +110,9 @@ class Connection(smtp.SMTP):
         if self.transport is not None:
             self.transport.write(_GREETING % self._door.hostname)
 
-    def _write(self, replies: list[bytes]) -> None:
-        if replies and self.transport is not None:
-            self.transport.write(b"".join(replies))
+    def _write(self, octets: bytes) -> None:
+        if octets and self.transport is not None:
+            self.transport.write(octets)
 
     def _say(self, reply: Reply) -> None:
         if self.transport is not None and not self._dialogue.upgrading:  # who waits for TLS understands nothing else
@@ -149,12 +149,16 @@ class Connection(smtp.SMTP):
             self._greet()
 
 
-@lru_cache(maxsize=256)
 def on_the_wire(reply: Reply) -> bytes:
     """The reply for the wire. A text of several lines makes a reply of several lines (RFC 5321 section 4.2.1)."""
-    first, *more = reply.text.split("\n")
-    if not more:
-        return (reply.line() if first else b"%d " % reply.code) + b"\r\n"  # RFC 4954 has a blank behind 334, also where no more follows
-    *between, last = (first, *more)
+    if not reply.text:
+        return b"%d \r\n" % reply.code  # RFC 4954 has a blank behind 334, also where no more follows
+    if "\n" not in reply.text:
+        return reply.line() + b"\r\n"
+    *between, last = reply.text.split("\n")
     lines = [f"{reply.code}-{text}\r\n" for text in between]
     return "".join([*lines, f"{reply.code} {last}\r\n"]).encode("ascii")
+
+
+#: The same for what is said again and again: nearly every reply to a command, but none that has a message's id in it.
+remembered = lru_cache(maxsize=256)(on_the_wire)

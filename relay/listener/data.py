@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from relay.listener.budget import FREE_BYTES, LARGE_BYTES, Budget
-from relay.mail.content import has_dot_line, normalize, unstuff
+from relay.mail.content import has_dot_line, is_canonical, normalize, unstuff
 from relay.mail.reply import Reply
 from relay.spool.base import Content, ContentWriter, SpoolError, SpoolFull
 
@@ -27,9 +27,10 @@ _CHUNK_BYTES = MEMORY_LIMIT_BYTES
 #: The transport stops reading while this much waits to be used.
 _PAUSE_BYTES = _CHUNK_BYTES + 256 * 1024
 
-# The final dot and the line end before it, and the final dot of empty content.
+# The final dot and the line end before it, the final dot of empty content, and how any line begins with a dot.
 _END = b"\r\n.\r\n"
 _EMPTY = b".\r\n"
+_DOT_LINE = b"\r\n."
 
 # A dot line between bare LFs, and the same where what is before it was used already.
 _LF_END = re.compile(rb"(?<!\r)\n\.\n")
@@ -77,6 +78,21 @@ class Received(NamedTuple):
     head: bytes
     trouble: Trouble | None = None
     lenient: bool = False
+
+
+def ordinary_content(data: bytes, *, limit_bytes: int) -> Received | None:
+    """What has arrived, where it is all of the content and is kept as it came: most of it. None: an Input and a Gathering see to it.
+
+    Its only dot line is its end, its line ends are CRLF, and there is no more of it than each session may have.
+    """
+    end = len(data) - len(_END)
+    if not data.endswith(_END) or data.startswith(b".") or data.find(_DOT_LINE) != end or len(data) > FREE_BYTES:
+        return None
+    octets = data[: end + 2]
+    text = octets.decode("latin-1")
+    if len(octets) > limit_bytes or not is_canonical(text):
+        return None
+    return Received(Content(len(octets), octets, None, not text.isascii(), False), octets)
 
 
 class Input:

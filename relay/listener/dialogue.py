@@ -8,10 +8,10 @@ import re
 from collections.abc import Awaitable, Callable
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from relay.intake import Transaction
-from relay.listener.access import NOT_ALLOWED, Peer
+from relay.listener.access import NOBODY, NOT_ALLOWED, Peer
 from relay.listener.chunks import Chunks, parse_chunk
 from relay.listener.data import Gathering, reply_to
 from relay.listener.login import Exchange, Given
@@ -19,7 +19,7 @@ from relay.listener.logins import LOGGED_IN, LOGIN_FIRST
 from relay.listener.refusals import reason_of
 from relay.mail import dsn
 from relay.mail.address import AddressError, ParameterError, parse_parameters, parse_path
-from relay.mail.envelope import Origin, Recipient
+from relay.mail.envelope import NO_ORIGIN, Origin, Recipient
 from relay.mail.reply import Reply
 
 if TYPE_CHECKING:
@@ -83,9 +83,7 @@ _Verb = Callable[["Dialogue", str], Reply | Later | None]
 class Dialogue:
     """The commands of one session. `upgrading`: what comes next is a TLS handshake, as STARTTLS was answered with 220 or TLS is first."""
 
-    verbs: ClassVar[dict[bytes, _Verb]]
-
-    def __init__(self, door: "Door", origin: Origin, peer: Peer) -> None:
+    def __init__(self, door: "Door", origin: Origin = NO_ORIGIN, peer: Peer = NOBODY) -> None:
         self._door = door
         self._origin = origin
         self._peer = peer
@@ -97,10 +95,14 @@ class Dialogue:
         self.expects = COMMANDS
         self.upgrading = door.settings.security == "tls"
 
+    def meet(self, origin: Origin, peer: Peer) -> None:
+        """Somebody is there to talk to."""
+        self._origin, self._peer = origin, peer
+
     def answer(self, line: bytes) -> Reply | Later | None:
         """Do one command, given without its LF. None: the reply comes after the chunk that follows. A fault of ours is 451."""
         word, _, argument = line.rstrip(b"\r").partition(b" ")
-        verb = self.verbs.get(word.upper())
+        verb = _VERBS.get(word.upper())
         if verb is None:
             return self.foreign(line) or _UNKNOWN
         try:
@@ -226,12 +228,12 @@ class Dialogue:
         try:
             sender, text = _path_after("FROM:", argument)
             parameters = parse_parameters(text) if text else {}
-            ret, envid = dsn.message_wishes(parameters)
+            ret, envid = dsn.message_wishes(parameters) if parameters else ("", "")
         except AddressError as error:
             return Reply(501, "5.1.7", f"Bad sender address: {error}")
         except (_KeywordMissing, ParameterError):
             return _SYNTAX
-        if (reply := self._check_parameters(parameters)) is not None:
+        if parameters and (reply := self._check_parameters(parameters)) is not None:
             return self.refuse(reply, sender or "<>") if reply is _TOO_LARGE else reply
         if "SIZE" in parameters and (obstacle := self._door.obstacle(int(parameters["SIZE"]))) is not None:
             return self.refuse(obstacle, sender or "<>")
@@ -249,7 +251,7 @@ class Dialogue:
         """What our Received says after `with` (RFC 3848, RFC 6531 section 4.3)."""
         if not self._extended:
             return "SMTP"
-        return f"{'UTF8SMTP' if smtputf8 else 'ESMTP'}{'S' if self._peer.secure else ''}{'A' if self._origin.user else ''}"
+        return ("UTF8SMTP" if smtputf8 else "ESMTP") + ("S" if self._peer.secure else "") + ("A" if self._origin.user else "")
 
     def _check_parameters(self, parameters: dict[str, str]) -> Reply | None:
         for keyword, value in parameters.items():
@@ -369,7 +371,7 @@ class Dialogue:
         return _SYNTAX if argument.strip() else _BYE
 
 
-Dialogue.verbs = {
+_VERBS: Final[dict[bytes, _Verb]] = {
     b"EHLO": Dialogue._ehlo,
     b"HELO": Dialogue._helo,
     b"MAIL": Dialogue._mail,

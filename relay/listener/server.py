@@ -15,9 +15,9 @@ from typing import cast
 from relay.intake import Transaction
 from relay.listener.access import has_spoken, peer_of
 from relay.listener.chunks import Chunks
-from relay.listener.connection import Connection, on_the_wire
-from relay.listener.data import Disconnected, Gathering, Received, reply_to
-from relay.listener.dialogue import CHUNK, CLOSING, COMMANDS, CONTENT, CREDENTIALS, HANDSHAKE, SILENCE, Dialogue, Later
+from relay.listener.connection import Connection, remembered
+from relay.listener.data import Disconnected, Gathering, Received, ordinary_content, reply_to
+from relay.listener.dialogue import CHUNK, CLOSING, COMMANDS, CONTENT, CREDENTIALS, HANDSHAKE, SILENCE, Later
 from relay.mail.envelope import Origin
 from relay.mail.reply import Reply
 from relay.spool.base import SpoolError
@@ -66,7 +66,7 @@ class Session(Connection):
             return
         self._input.attach(self.transport)
         self._origin = Origin(self._settings.name, peer.client, "", self._door.new_session_id())
-        self._dialogue = Dialogue(self._door, self._origin, peer)
+        self._dialogue.meet(self._origin, peer)
         self.deadline = self.loop.time() + IDLE_SECONDS
         self._door.opened(self)
         refusal = _STOPPING if self._door.stopping else self._door.access.enter(self._origin.client, probe=peer.probe)
@@ -83,21 +83,37 @@ class Session(Connection):
             self._greet()
 
     def data_received(self, data: bytes) -> None:
-        if data.find(b"\n") == len(data) - 1 < _LINE_LIMIT_BYTES and self._awaits_command:
-            replies: list[bytes] = []  # one command alone, from a client that waits for each reply: most of them, without the buffer
-            if (reply := self._dialogue.answer(data[:-1])) is None:
-                self._advance()  # a chunk follows, which may have no octets
+        if not (self._input.buffer or self._taking or self._closing or self._stalled or self._skipping):  # most of it, without the buffer
+            expects = self._dialogue.expects
+            if expects is COMMANDS and data.find(b"\n") == len(data) - 1 < _LINE_LIMIT_BYTES and not self._door.stopping:
+                self._answer(data[:-1])
                 return
-            self._heed(reply, replies)
-            self._write(replies)
-            if not self._closing:
+            if expects is CONTENT and (received := ordinary_content(data, limit_bytes=self._settings.message_size)) is not None:
+                self._dialogue.expects = COMMANDS
                 self.deadline = self.loop.time() + IDLE_SECONDS
-            return
+                self._begin(partial(self._take, received))
+                return
         if self._receives:
             self.deadline = min(self.deadline + len(data) / PACE, self.loop.time() + IDLE_SECONDS)
         self._input.feed(data)
         if self._taking is None:
             self._advance()
+
+    def _answer(self, line: bytes) -> None:
+        """Do one command alone, from a client that waits for each reply."""
+        reply = self._dialogue.answer(line)
+        if reply is None:
+            self._advance()  # a chunk follows, which may have no octets
+            return
+        if isinstance(reply, Reply) and reply.code in (250, 354) and self._commands + 1 < self._door.commands:  # nothing follows from it
+            self._commands += 1
+            self._write(remembered(reply))
+        else:
+            replies: list[bytes] = []
+            self._heed(reply, replies)
+            self._write(b"".join(replies))
+        if not self._closing:
+            self.deadline = self.loop.time() + IDLE_SECONDS
 
     def eof_received(self) -> bool:
         """A half-closed client still gets its replies; what it had pipelined is still done."""
@@ -152,7 +168,7 @@ class Session(Connection):
         while not self._closing and self._taking is None and not self._stalled:
             if len(replies) >= _COMMANDS_AT_ONCE:
                 self.deadline = self.loop.time() + IDLE_SECONDS
-                self._write(replies)
+                self._write(b"".join(replies))
                 self.loop.call_soon(self._advance)
                 return
             if self._dialogue.expects is CONTENT:
@@ -164,8 +180,8 @@ class Session(Connection):
                     break
                 continue
             if self._door.stopping:
-                replies.append(on_the_wire(_STOPPING))
-                self._write(replies)
+                replies.append(remembered(_STOPPING))
+                self._write(b"".join(replies))
                 self._hang_up()
                 return
             reply = self._next_reply()
@@ -174,9 +190,10 @@ class Session(Connection):
                     continue
                 break
             self._heed(reply, replies)
-        if replies and not self._closing and self._dialogue.chunks is None:
-            self.deadline = self.loop.time() + IDLE_SECONDS
-        self._write(replies)
+        if replies:
+            if not self._closing and self._dialogue.chunks is None:
+                self.deadline = self.loop.time() + IDLE_SECONDS
+            self._write(b"".join(replies))
         if self._input.ended and self._taking is None and not self._stalled and not self._closing:
             self._hang_up()  # half a command or half a message: nothing was promised about it
 
@@ -185,29 +202,23 @@ class Session(Connection):
         """Whether what comes is content."""
         return self._adrift or self._dialogue.expects is CONTENT or self._dialogue.chunks is not None
 
-    @property
-    def _awaits_command(self) -> bool:
-        """Whether nothing has arrived that is not answered, and nothing stands against answering a command."""
-        busy = self._input.buffer or self._taking or self._closing or self._stalled or self._skipping
-        return not (busy or self._dialogue.expects is not COMMANDS or self._door.stopping)
-
     def _heed(self, reply: Reply | Later, replies: list[bytes]) -> None:
         """Add a reply to those that go out together, and do what follows from it: it may take time, have been one error too many, or
         be the end."""
         if isinstance(reply, Later):
             self._begin(reply.work)
             return
-        replies.append(on_the_wire(reply))
+        replies.append(remembered(reply))
         self._commands += 1
         if reply.code >= 500 and reply not in CLOSING and self._is_one_error_too_many():
             reply = _TOO_MANY_ERRORS
-            replies.append(on_the_wire(reply))
+            replies.append(remembered(reply))
         elif self._commands >= self._door.commands:
             self._door.count("commands")
             reply = _TOO_MANY_COMMANDS
-            replies.append(on_the_wire(reply))
+            replies.append(remembered(reply))
         if reply.code in (220, 221, 421) or (reply.code >= 500 and reply in CLOSING):
-            self._write(replies)
+            self._write(b"".join(replies))
             replies.clear()
             self._secure() if reply.code == 220 else self._hang_up()
 
@@ -221,7 +232,9 @@ class Session(Connection):
     def _next_reply(self) -> Reply | Later | None:
         """Read one command and do it, or None when none has arrived whole. A line may end with a bare LF."""
         buffer = self._input.buffer
-        if self._dialogue.expects is SILENCE and buffer:
+        if not buffer:
+            return None
+        if self._dialogue.expects is SILENCE:
             return self._dialogue.foreign(bytes(buffer[:8]))
         end = buffer.find(b"\n")
         if end < 0:

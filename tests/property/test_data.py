@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.listener import data
-from relay.listener.data import Disconnected, Gathering, Input, Received
+from relay.listener.data import Disconnected, Gathering, Input, Received, ordinary_content
 from relay.mail.content import normalize
 from relay.spool.base import Content
 from tests.support.client import Client
@@ -112,6 +112,10 @@ async def receive(packets: list[bytes], *, limit: int, turns: int, eof: bool) ->
 
     source, received, task = Input(), None, None
     for packet in packets:
+        if received is None and task is None and not source.buffer:
+            received = ordinary_content(packet, limit_bytes=limit)
+            if received is not None:
+                continue
         source.feed(packet)
         if received is None and task is None:
             gathering = Gathering(limit, spill)

@@ -7,7 +7,8 @@ from typing import cast
 import pytest
 
 from relay.clock import ManualClock
-from relay.listener.data import MEMORY_LIMIT_BYTES, Disconnected, Gathering, Input, Received
+from relay.listener.budget import FREE_BYTES
+from relay.listener.data import MEMORY_LIMIT_BYTES, Disconnected, Gathering, Input, Received, ordinary_content
 from relay.spool.base import Content, ContentWriter, SpoolError, SpoolFull
 from tests.support.eventually import eventually
 from tests.support.front import FaultySpool
@@ -240,3 +241,21 @@ def test_what_is_not_the_end_is_not_taken_for_it(octets: bytes) -> None:
         source.feed(bytes([octet]))
         assert source.small_content() is None
     assert source.buffer == octets
+
+
+@pytest.mark.parametrize("octets", [b"a\r\n", b"\r\n", b"a.\r\n", b"S: \xe4\r\n\r\nb\r\n", b"x" * (FREE_BYTES - 5) + b"\r\n"])
+def test_ordinary_content_comes_to_the_same_as_any_other(octets: bytes) -> None:
+    assert ordinary_content(octets + b".\r\n", limit_bytes=len(octets)) == gathering().whole(octets)
+
+
+@pytest.mark.parametrize(
+    "octets",
+    [
+        b"", b"a", b".\r\n", b"a.\r\n", b"a\r\n", b"a\r\n.", b"a\r\n.\r\nQUIT\r\n", b"a\n.\r\n", b"a\r\n.\n",  # no end, or not all of it
+        b".\r\nQUIT\r\n.\r\n", b"a\r\n.\r\nQUIT\r\n.\r\n",  # an end, and something behind it
+        b"..a\r\n.\r\n", b"a\r\n..b\r\n.\r\n", b"a\nb\r\n.\r\n", b"a\rb\r\n.\r\n", b"a\r\r\n.\r\n",  # something to be done to it
+        b"x" * (FREE_BYTES - 4) + b"\r\n.\r\n", b"x" * 99 + b"\r\n.\r\n",  # too much of it
+    ],
+)  # fmt: skip
+def test_what_is_no_ordinary_content_is_left_alone(octets: bytes) -> None:
+    assert ordinary_content(octets, limit_bytes=100 if len(octets) < 200 else 10**9) is None
