@@ -92,7 +92,7 @@ def ordinary_content(data: bytes, *, limit_bytes: int) -> Received | None:
     text = octets.decode("latin-1")
     if len(octets) > limit_bytes or not is_canonical(text):
         return None
-    return Received(Content(len(octets), octets, None, not text.isascii(), False), octets)
+    return Received(Content(len(octets), octets, eight_bit=not text.isascii(), dotted=False), octets)
 
 
 class Input:

@@ -25,7 +25,7 @@ def normalize(octets: bytes) -> bytes:
 
 
 def is_canonical(text: str) -> bool:
-    """Whether CRLF is the only line end in `text`, and CR and LF stand nowhere else."""
+    """Whether CRLF is the only line end in `text`, octets read as Latin-1, and CR and LF stand nowhere else."""
     seen = IncrementalNewlineDecoder(None, translate=False)  # looks once, in C: three times as fast as counting CR, LF and CRLF
     seen.decode(text, final=True)
     return seen.newlines in (None, "\r\n")

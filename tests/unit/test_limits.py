@@ -229,6 +229,31 @@ async def test_cheap_commands_have_an_end(tmp_path: Path, command: str) -> None:
         assert front.counted("commands") == 1
 
 
+async def test_one_who_waits_for_each_reply_may_say_as_much(tmp_path: Path) -> None:
+    async with Front(tmp_path) as front, front.client() as client:
+        front.door.commands = 20
+        await client.expect(220)
+        for code in [250] * 20 + [421]:
+            await client.send(b"NOOP\r\n" if code == 250 else b"")
+            await client.expect(code)
+        await client.expect_close()
+
+
+async def test_who_does_not_read_is_not_answered_until_he_does(tmp_path: Path) -> None:
+    async with Front(tmp_path) as front, front.client() as client:
+        await client.greet()
+        (session,) = front.door._sessions
+        for octets, code in ((b"NOOP\r\n", 250), (ENVELOPE + b"DATA\r\n", 250), (MESSAGE + b".\r\n", 250)):
+            session.pause_writing()
+            session.data_received(octets)
+            assert bytes(session._input.buffer) == octets and session._taking is None
+            session.resume_writing()
+            for _ in range(octets.count(b"\r\n") if octets.startswith(b"MAIL") else 1):
+                reply = await client.reply()
+                assert reply.code in (code, 354)
+        assert len(front.taken) == 1
+
+
 async def test_transactions_that_come_to_nothing_have_an_end_too(tmp_path: Path) -> None:
     async with Front(tmp_path) as front, front.client() as client:
         front.door.commands = 501
