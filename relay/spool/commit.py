@@ -31,7 +31,7 @@ GATHER_SECONDS = 0.003
 CROWD = 8
 
 
-#: Takes the arguments of all operations of its kind in a batch and gives their results, so that a kind can use one statement for many.
+#: Takes the arguments of all operations of its kind in a batch and gives their results, so that a kind can share what is common.
 Kind = Callable[[list[Any]], list[Any]]
 
 

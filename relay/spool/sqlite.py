@@ -129,19 +129,20 @@ class SqliteSpool:
         try:
             if (full := self._room.full(size)) is not None:
                 raise full
-            for draft, claim in zip(drafts, claimed, strict=True):
-                number, content = number_of(draft.id), draft.content
-                if id(content) not in contents:
+            for draft in drafts:
+                if id(draft.content) not in contents:
+                    number, content = number_of(draft.id), draft.content
                     if content.octets is None or content.size > FILE_ABOVE_BYTES:
                         content = await self._files.store(content, number)
                     else:
                         blobs.append((number, content.octets))
                     contents[id(draft.content)] = number, content
-                content_number, content = contents[id(draft.content)]
-                place = content_number, content.path is not None, shared
+            for draft, claim in zip(drafts, claimed, strict=True):  # a lease begins when nothing is waited for but the commit
+                number, content = contents[id(draft.content)]
+                place = number, content.path is not None, shared
                 token = next(self._claims.tokens) if claim else None
-                rows.append(self._row(draft, number, place, token))
-                claims.append(self._begin(draft, content, number, place, token) if token is not None else None)
+                rows.append(self._row(draft, place, token))
+                claims.append(self._lend(draft, content, place, token) if token is not None else None)
             await self._commits.submit(self._rows.put, (rows, blobs))
         except Exception:
             self._forget(claims)
@@ -151,19 +152,20 @@ class SqliteSpool:
         self._room.waiting_bytes += size
         return claims
 
-    def _row(self, draft: Draft, number: int, place: Place, token: int | None) -> tuple[object, ...]:
-        _, lane, envelope, content, created, prefix, origin, summary, due = draft
+    def _row(self, draft: Draft, place: Place, token: int | None) -> tuple[object, ...]:
+        id, lane, envelope, content, created, prefix, origin, summary, due = draft
         if token is not None:
             due = created + self._backoff(1)
+        recipients, facts = pack_recipients(envelope.recipients), pack_facts(envelope, origin, summary, content)
         return (
-            number, *place, *lane, due, token is not None, token, 0, "", created, envelope.sender, pack_recipients(envelope.recipients),
-            pack_facts(envelope, origin, summary, content), prefix, content.size, "",
+            number_of(id), *place, *lane, due, token is not None, token, 0, "", created, envelope.sender, recipients, facts, prefix,
+            content.size, "",
         )  # fmt: skip
 
-    def _begin(self, draft: Draft, content: Content, number: int, place: Place, token: int) -> Claim:
+    def _lend(self, draft: Draft, content: Content, place: Place, token: int) -> Claim:
         """The claim of a draft that is stored as claimed."""
         id, lane, envelope, _, created, prefix, origin, summary, _ = draft
-        self._leases[id] = Lease(number, token, self._clock.monotonic() + LEASE_SECONDS, place)
+        self._leases[id] = Lease(number_of(id), token, self._clock.monotonic() + LEASE_SECONDS, place)
         return Claim(id, token, lane, envelope, content, created, 1, self._clock.now() + LEASE_SECONDS, prefix, origin, summary)
 
     # -- delivery -----------------------------------------------------------------------------------------------------
@@ -223,11 +225,11 @@ class SqliteSpool:
         if bounce is not None:
             assert bounce.content.octets is not None, "a bounce is small"
             mark = number_of(bounce.id)
-            report = ([self._row(bounce, mark, (mark, False, False), None)], [(mark, bounce.content.octets)])
+            report = ([self._row(bounce, (mark, False, False), None)], [(mark, bounce.content.octets)])
         waiting = [r for r in recipients if outcomes[r.address].status is Status.DEFERRED]
         values = continuation(settlement, waiting) if waiting else None
         now = self._clock.now()
-        ending = lease, values, log_rows(settlement, lease.number, now), report, used
+        ending = Ending(lease, values, log_rows(settlement, lease.number, now), report, used)
         # What goes on at once, to a fallback or as a bounce, does not wait for company.
         store = self._commits.submit if bounce is not None or (then is not None and then.when <= now) else self._commits.ride
         try:
@@ -247,7 +249,7 @@ class SqliteSpool:
         unneeded: list[int]
         try:
             await self._commits.submit(self._claims.mend, None)
-            unneeded = await self._commits.submit(self._rows.resume if ending[1] is not None else self._rows.end, ending)
+            unneeded = await self._commits.submit(self._rows.resume if ending.values is not None else self._rows.end, ending)
         except (Again, SpoolError):
             unneeded = await self._ask(self._rows.end_beside_damage, ending)
         self._note(())

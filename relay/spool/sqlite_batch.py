@@ -2,7 +2,7 @@
 
 A batch is prepared on the loop and committed in the writer thread (`spool.commit`): what is quick, adding and removing rows of pages
 at hand, is done while preparing; what may wait for the disk is the thread's. When anything fails, everything is undone and each
-operation gets a transaction of its own, so that only the culprit has the error.
+operation gets a transaction of its own, kind by kind, so that only the culprit has the error.
 
 A commit whose fsync fails is sound to repeat: SQLite forgets its frames and writes them again at the same place, so nothing depends on
 pages that the system has marked clean without writing them.
@@ -120,7 +120,8 @@ class Batches:
 def _apply(operations: Operations) -> None:
     """Inside the open transaction."""
     operations.ends = operations.run(operations.arguments)
-    assert len(operations.ends) == len(operations.arguments), "every operation has its end"
+    if len(operations.ends) != len(operations.arguments):  # before the commit: somebody would wait for ever
+        raise RuntimeError(f"{len(operations.arguments)} operations have {len(operations.ends)} ends")
 
 
 def spool_error(error: Exception) -> Exception:

@@ -8,6 +8,7 @@ State: an estimate of how much has been logged since the last checkpoint.
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import apsw
 
@@ -23,9 +24,17 @@ _ROW_BYTES = 2048  # what a message's rows and pages come to in the log, beside 
 Puts = tuple[list[tuple[object, ...]], list[tuple[int, bytes]]]
 
 
-#: What is needed to settle one claim: its lease; what changes in a message that goes back to a lane, None for one that has nobody left to
-#: serve; rows of the delivery log; the bounce, if there is one; and what was used of quotas.
-Ending = tuple[Lease, tuple[object, ...] | None, list[tuple[object, ...]], Puts | None, tuple[Used, ...]]
+class Ending(NamedTuple):
+    """What is needed to settle one claim: rows of the delivery log, the bounce's, if there is one, and what was used of quotas.
+
+    `values`: what changes in a message that goes back to a lane; None for one that has nobody left to serve.
+    """
+
+    lease: Lease
+    values: tuple[object, ...] | None
+    log: list[tuple[object, ...]]
+    bounce: Puts | None
+    used: tuple[Used, ...]
 
 
 class Rows:
