@@ -583,6 +583,19 @@ async def test_many_puts_share_a_commit(spool: SqliteSpool) -> None:
     assert len(commits) < 20
 
 
+async def test_a_put_that_is_given_up_while_content_goes_to_its_file_lends_nothing(
+    spool: SqliteSpool, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    monkeypatch.setattr(spool._files, "store", lambda *_: never)
+    large = b"Subject: large\r\n\r\n" + b"x" * FILE_ABOVE_BYTES + b"\r\n"
+    putting = asyncio.create_task(spool.put([draft(spool), draft(spool, content=large)], [True, True]))
+    await asyncio.sleep(0)
+    putting.cancel()
+    await asyncio.gather(putting, return_exceptions=True)
+    assert never.cancelled() and spool._leases == {}
+
+
 async def test_what_goes_on_at_once_does_not_wait_for_company(spool: SqliteSpool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commit, "RIDE_SECONDS", 60.0)
     (to_fallback, refused) = await spool.put([draft(spool), draft(spool)], [True, True])
