@@ -251,7 +251,7 @@ async def test_a_restart_in_the_middle_of_a_flow_loses_nothing(tmp_path: Path, t
                     await eventually(lambda before=before: len(acknowledged) > before + 20, "mail to be taken meanwhile", within=20)
                     await server.start()
                 over.set()
-            await eventually(lambda: not relay.queue(), "an empty queue", within=30)
+            await eventually(lambda: not relay.queue(), "an empty queue", within=90)
             doubtful = len({event["id"] for event in relay.events("deferred") if event.get("in_doubt")})
             assert relay.events("failed", "bounced") == []
         arrived = Counter(subject_of(message) for message in server.messages())
