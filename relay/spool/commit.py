@@ -27,7 +27,7 @@ IDLE_SECONDS = 1.0
 
 #: Behind a batch of at least CROWD operations the next one leaves so long after it at the earliest: on a disk that answers at once
 #: batches would otherwise shrink until each message pays for a transaction of its own. Who is alone never waits.
-GATHER_SECONDS = 0.003
+GATHER_SECONDS = 0.0015
 CROWD = 8
 
 
