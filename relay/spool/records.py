@@ -138,7 +138,7 @@ def log_rows(settlement: Settlement, number: int, now: float) -> list[tuple[obje
     for recipient in recipients:
         outcome = outcomes[recipient.address]
         # `value` is a method behind a descriptor, and as dear as the row.
-        status, reply = ("held", held) if held else (outcome.status._value_, str(outcome.reply))
+        status, reply = ("held", held) if held else (outcome.status.value, str(outcome.reply))
         rows.append((now, number, created, *claim.lane, sender, recipient.address, status, attempt, size, reply, text, report))
     return rows
 
