@@ -71,6 +71,17 @@ async def test_what_was_acknowledged_arrives_however_often_the_relay_is_killed(
     assert faults == []
 
 
+async def test_a_line_of_the_log_that_a_kill_has_cut_off_hides_no_other(tmp_path: Path) -> None:
+    """The kernel ends a killed writer's line at the end of a page; the tests of kills read on behind it."""
+    async with ScriptedUpstream() as upstream, RelayProcess(config(tmp_path, upstream.port, connections=1), directory=tmp_path) as relay:
+        await relay.kill()
+        with relay.log_file.open("a") as log:
+            log.write('{"level": "info", "event": "sent", "rec')
+        await relay.start()
+        assert len(relay.events("listening")) == 2
+        assert relay.events("sent") == []
+
+
 @pytest.mark.timeout(120)
 async def test_a_relay_that_is_asked_to_stop_under_load_loses_nothing_and_sends_nothing_twice(
     tmp_path: Path, eventually: Callable[..., Any]
