@@ -41,6 +41,9 @@ _ORPHAN_SLOTS = 5
 #: A client that waits for a verdict does so for a minute at most: no use where the pace allows nothing for longer.
 _PATIENCE_SECONDS = 60.0
 
+#: What was cut off is waited for so long, and then cut off again.
+_CUT_SECONDS = 0.5
+
 #: Timers may be early by so much.
 _TICK_SECONDS = 0.001
 
@@ -183,10 +186,10 @@ class Scheduler:
 
     async def abort(self) -> None:
         """Cut off what is under way. It stays claimed in the spool: the next start takes it over as in doubt."""
-        running = list(self._running)
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        while self._running:
+            for task in self._running:  # again, as `asyncio.wait_for` of Python 3.11 does not pass it on where it is just done
+                task.cancel()
+            await asyncio.wait(self._running, timeout=_CUT_SECONDS)
 
     async def _refresh(self) -> None:
         if self._clock.monotonic() < self._refresh_at:

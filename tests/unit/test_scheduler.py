@@ -3,11 +3,12 @@
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from time import process_time
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -569,6 +570,25 @@ async def test_aborting_cuts_off_what_hangs_and_settles_nothing(house: House) ->
     assert house.attempts.active["acme"] == 0
     assert house.spool.asked["settle"] == 0
     assert house.log.events("fault") == []
+
+
+class Deaf(asyncio.Event):
+    """Does not hear that it is cancelled for the first time, as `asyncio.wait_for` of Python 3.11 where it is just done."""
+
+    async def wait(self) -> Literal[True]:
+        with suppress(asyncio.CancelledError):
+            return await super().wait()
+        return await super().wait()
+
+
+async def test_aborting_cuts_off_what_does_not_hear_it_at_once(house: House) -> None:
+    house.attempts.gates["acme"] = Deaf()
+    await house.put(ACME)
+    house.serve()
+    await house.turns()
+    house.scheduler.stop()
+    await asyncio.wait_for(house.scheduler.abort(), 5)
+    assert house.attempts.active["acme"] == 0
 
 
 # -- the end of held mail, operators, and upstreams that come back -----------------------------------------------------------
