@@ -202,6 +202,7 @@ def _build(config: Config, journal: Journal) -> _House:
         probes.secret_changed(name)
 
     pool.secret_changed = secret_changed
+    pool.backlog = scheduler.backlog
     intake = Intake(config, router, spool, scheduler, journal, clock, waits=waits)
     credentials, budget, numbers = Credentials(config.users, clock), Budget(), itertools.count(int(time.time() * 1000))
     doors = [

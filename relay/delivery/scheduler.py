@@ -138,6 +138,10 @@ class Scheduler:
         self._timeline.unpark(upstream)
         self._revive(upstream)
 
+    def backlog(self, upstream: str) -> int:
+        """About how many messages wait for a slot of this upstream."""
+        return slots.backlog if (slots := self._slots.get(upstream)) is not None else 0
+
     def attempting(self, message_id: str, upstreams: Collection[str]) -> bool:
         return any(claim.id == message_id and claim.lane.upstream in upstreams for claim in self._running.values())
 

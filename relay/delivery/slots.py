@@ -17,6 +17,9 @@ from relay.spool.base import Claim, Lane
 #: Claims that wait in memory for a slot of their upstream, for each of its slots: read in one commit, not one by one.
 _WINDOW_PER_SLOT = 3
 
+#: Messages in the spool for which there is no room in memory count as so many for each slot.
+_SPOOLED_PER_SLOT = 10
+
 _MINUTE_SECONDS = 60.0
 
 #: An attempt that ends here has begun none: it was not tried, or no session could be opened.
@@ -58,6 +61,11 @@ class Slots:
         if ahead and self.pace is None:
             limit += self.most * _WINDOW_PER_SLOT
         return limit - self.used - self.promised - len(self.window)
+
+    @property
+    def backlog(self) -> int:
+        """About how many messages wait for a slot: of those in the spool it is not known how many are due, only that there are some."""
+        return len(self.window) + (self.most * _SPOOLED_PER_SLOT if self.ready else 0)
 
     def promise(self, count: int) -> None:
         self.promised += count

@@ -55,8 +55,9 @@ def _silent(level: str, what: str) -> None:
 
 
 class Pool:
-    """Sends messages to upstreams over sessions that it keeps open. `secret_changed` is told the upstream's name. `riding`: where more
-    messages than connections are of use, as the next ones ride behind those under way.
+    """Sends messages to upstreams over sessions that it keeps open. `secret_changed` is told the upstream's name. `backlog` is asked how
+    many messages wait for it, beside those that are being sent. `riding`: where more messages than connections are of use, as the next
+    ones ride behind those under way.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Pool:
     ) -> None:
         """`store`: the refresh tokens, where an upstream has `oauth2`."""
         self.secret_changed: Callable[[str], None] | None = None
+        self.backlog: Callable[[str], int] = lambda name: 0
         self.riding: set[str] = set()
         self._hostname = hostname
         self._clock = clock
@@ -151,39 +153,81 @@ class Pool:
         return self._opened.get(name)
 
     async def _send(self, name: str, message: Outgoing) -> list[Outcome]:
-        """Over an idle session, a new one, or behind another message where no more may be opened; a new one where it has gone stale."""
-        rides = self._rides.get(name) or self._rides_of(name)
-        boarded = rides.board()
+        """Over an idle session, behind another message, or over a new session; over a new one where it has gone stale."""
+        rides, in_doubt = self._rides.get(name) or self._rides_of(name), False
+        session = self._take(name)
         try:
-            session = self._take(name) if boarded else await rides.wait()
-        except CannotOpen as error:
-            return [error.outcome] * len(message.recipients)
-        in_doubt = shut = False
-        try:
+            if idle := session is not None:
+                rides.keep()
+            else:
+                session = await rides.wait()
             if session is not None:
                 try:
-                    return await (session.send(message) if boarded else session.ride(message))
+                    outcomes = await (session.send(message) if idle else session.ride(message))
                 except Stale as stale:
-                    await self._see_off(session)
                     in_doubt = stale.in_doubt
-            session = None
-            session = await self._logins[name].open()
-            outcomes = await session.send(message)
-            return list(map(_doubted, outcomes)) if in_doubt else outcomes
+                except BaseException:
+                    self._hand_on(name, session)
+                    raise
+                else:
+                    self._hand_on(name, session)
+                    return outcomes
+                await self._replace(name, session)
+            outcomes = await self._send_anew(name, message)
         except CannotOpen as error:
-            if error.outcome.scope is Scope.CREDENTIAL:
-                rides.refuse(error)
-            elif shut := error.outcome.throttled:
+            outcomes = [error.outcome] * len(message.recipients)
+        return list(map(_doubted, outcomes)) if in_doubt else outcomes
+
+    async def _send_anew(self, name: str, message: Outgoing) -> list[Outcome]:
+        """Over a new session, which one has the right to open. Raises CannotOpen."""
+        rides = self._rides[name]
+        try:
+            session = await self._logins[name].open()
+        except CannotOpen as error:
+            if error.outcome.throttled and error.outcome.scope is not _CREDENTIAL:
                 rides.withdraw(error)
-            return [_doubted(error.outcome) if in_doubt else error.outcome] * len(message.recipients)
+                raise
+            if error.outcome.scope is _CREDENTIAL:
+                rides.refuse(error)
+            else:
+                rides.fail()
+            self._give_back(name, None)
+            raise
+        except BaseException:
+            rides.fail()
+            self._give_back(name, None)
+            raise
+        rides.opened()
+        try:
+            return await session.send(message)
         finally:
-            taken = session is not None and (session.rider or session.busy)  # it is the rider's now, or still of the one before
-            if not (taken or shut):
+            self._hand_on(name, session)
+
+    async def _replace(self, name: str, stale: Session) -> None:
+        """See off a session that has gone stale, and have the right to open another one. Raises CannotOpen."""
+        rides = self._rides[name]
+        session: Session | None = stale
+        if stale.rider:  # he has the right to its place
+            self._dismiss(stale)
+            session = await rides.wait_apart()
+            if session is None and not rides.has_room_beside(len(self._idle.get(name, ()))):
+                session = self._take(name)
+        if session is not None:
+            try:
+                await self._see_off(session)
+            except BaseException:
                 self._give_back(name, session)
+                raise
+        rides.reopen()
+
+    def _hand_on(self, name: str, session: Session) -> None:
+        """One has sent over it. It is the rider's now, or still of the one before, or anybody's."""
+        if not (session.rider or session.busy):
+            self._give_back(name, session)
 
     def _rides_of(self, name: str) -> Rides:
         if (rides := self._rides.get(name)) is None:
-            rides = self._rides[name] = Rides(self._logins[name].upstream)
+            rides = self._rides[name] = Rides(self._logins[name].upstream, backlog=lambda: self.backlog(name))
         return rides
 
     def uses(self) -> Iterator[Use]:

@@ -1,8 +1,8 @@
 """Who rides behind whom: more messages for an upstream than it gets connections.
 
-Where an upstream does not take a message in one flight, its connections rest while it works on content. Then the commands of the next
-message go out behind that content (RFC 2920 section 3.1 allows it), and the connection is theirs when the reply has come. So the
-scheduler may begin more attempts than there are connections; they wait here for one that can take them.
+A connection rests while its reply to a content is on the way. Then the next message goes out behind that content (RFC 2920 section 3.1
+allows it), or its commands where it is not one flight, and the connection is its own when the reply has come. So the scheduler may
+begin more attempts than there are connections; they wait here for one that can take them.
 
 State, for each upstream: how many of its connections are in use or being opened, and who waits, in turn; those who probe before the
 others, for they are few and want a connection of their own.
@@ -10,11 +10,16 @@ others, for they are few and want a connection of their own.
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 from relay.config.upstreams import Upstream
 from relay.upstream.session import Session
 
 _Turn = asyncio.Future[Session | None]
+
+#: At the same time one connection is being opened for every so many messages that wait: opening one costs as much as sending ten, in
+#: round trips and in work.
+_WORTH_OPENING = 8
 
 
 class Busy(Exception):
@@ -24,13 +29,17 @@ class Busy(Exception):
 class Rides:
     """The connections of one upstream, as far as they are in use. Who has the right to one gives it up with `leave`."""
 
-    def __init__(self, upstream: Upstream) -> None:
-        """`upstream`: its settings; to be kept up to date, for only a session that was opened with these takes riders."""
+    def __init__(self, upstream: Upstream, *, backlog: Callable[[], int]) -> None:
+        """`upstream`: its settings; to be kept up to date, for only a session that was opened with these takes riders. `backlog`: how
+        many messages wait for one of those who wait here to be done."""
         self.upstream = upstream
+        self._backlog = backlog
         self.waiting: deque[_Turn] = deque()
-        self._probing: deque[_Turn] = deque()
+        self._apart: deque[_Turn] = deque()
         self._limit = upstream.limits.connections
         self._used = 0
+        self._opening = 0
+        self._failing = False
 
     def board(self) -> bool:
         """Take the right to a connection, if there is one left."""
@@ -50,17 +59,22 @@ class Rides:
         """
         return await self._wait_in(self.waiting)
 
+    async def wait_apart(self) -> Session | None:
+        """As `wait`, before all others and never behind a message."""
+        return await self._wait_in(self._apart)
+
     async def wait_to_probe(self, *, timeout_seconds: float) -> Session | None:
-        """As `wait`, never behind a message. Raises Busy, too, when it takes longer."""
+        """As `wait_apart`. Raises Busy, too, when it takes longer."""
         try:
             async with asyncio.timeout(timeout_seconds):
-                return await self._wait_in(self._probing)
+                return await self.wait_apart()
         except TimeoutError:
             raise Busy from None
 
     async def _wait_in(self, queue: "deque[_Turn]") -> Session | None:
         turn: _Turn = asyncio.get_running_loop().create_future()
         queue.append(turn)
+        self._open_more()
         try:
             return await turn
         except asyncio.CancelledError:
@@ -71,31 +85,72 @@ class Rides:
             raise
 
     def offer(self, session: Session) -> None:
-        """The session has handed over its content: the first who waits may send his commands behind it. None while somebody waits to
-        probe: one who rides keeps the connection from him."""
-        if not self._probing and (turn := self._next(self.waiting)) is not None:
+        """The session has handed over its content: the first who waits may ride behind it, as no more connections may be opened. None
+        while somebody waits apart: one who rides keeps the connection from him."""
+        if self._used >= self._limit and not self._apart and (turn := self._next(self.waiting)) is not None:
             session.rider = True
             turn.set_result(session)
 
     def leave(self, session: Session | None = None) -> bool:
         """Give up the right to a connection; with `session`, which is idle now, to whoever waits for one. Answers whether it was taken."""
-        if (self._probing or self.waiting) and (turn := self._next(self._probing) or self._next(self.waiting)) is not None:
+        if (turn := self._next(self._apart)) is not None:
+            turn.set_result(session)
+            return True
+        if (turn := self._next(self.waiting)) is not None:
+            self._opening += session is None
             turn.set_result(session)
             return True
         self._used -= 1
         return False
 
-    def withdraw(self, error: Exception) -> None:
-        """Give up the right to a connection where nobody else would be given one now: who waits goes on waiting for those that are in
-        use. Without any, he is refused."""
-        self._used -= 1
-        if not self._used:
-            self.refuse(error)
+    # -- of those who open a connection -----------------------------------------------------------------------------------
+
+    def reopen(self) -> None:
+        """Who has the right to a connection is about to open it, without having waited for that."""
+        self._opening += 1
+
+    def opened(self) -> None:
+        """It is open."""
+        self._opening -= 1
+        self._failing = False
+        self._open_more()
+
+    def fail(self) -> None:
+        """It cannot be opened: until one can, each tries for himself."""
+        self._opening -= 1
+        self._failing = True
+        self._open_more()
 
     def refuse(self, error: Exception) -> None:
-        """Nobody who waits would be let in."""
-        while (turn := self._next(self._probing) or self._next(self.waiting)) is not None:
+        """It cannot be opened, and nobody who waits would be let in."""
+        self._opening -= 1
+        self._tell_all(error)
+
+    def withdraw(self, error: Exception) -> None:
+        """It cannot be opened, and nobody else would be given a connection now: who waits goes on waiting for those that are in use.
+        Without any, he is refused. Gives up the right to it, too."""
+        self._opening -= 1
+        self._used -= 1
+        if not self._used:
+            self._tell_all(error)
+
+    def _tell_all(self, error: Exception) -> None:
+        while (turn := self._next(self._apart) or self._next(self.waiting)) is not None:
             turn.set_exception(error)
+
+    def _open_more(self) -> None:
+        """Let those who wait open connections, as many as are worth it: mail that comes in a burst would otherwise pay for all of them
+        before the first of it is sent, and then use few."""
+        while self._used < self._limit:
+            if (turn := self._next(self._apart)) is None:
+                if not (self._failing or self._worth_opening()) or (turn := self._next(self.waiting)) is None:
+                    return
+                self._opening += 1
+            self._used += 1
+            turn.set_result(None)
+
+    def _worth_opening(self) -> bool:
+        return not self._opening or self._opening < (len(self.waiting) + self._backlog()) // _WORTH_OPENING
 
     def has_room_beside(self, others: int) -> bool:
         """Whether so many other connections may be open beside those in use."""

@@ -1,7 +1,7 @@
 """One open, authenticated session with an upstream: it carries messages, one after the other.
 
-How it is opened is `upstream.opening`; what is said for one message, `upstream.transaction`. Where small messages do not go in one flight
-anyway, the commands of the next one may go out behind the content of this one: it rides (`upstream.rides`).
+How it is opened is `upstream.opening`; what is said for one message, `upstream.transaction`. The next message, or its commands, may go
+out behind the content of this one: it rides (`upstream.rides`).
 
 State: the wire, what the upstream offers, how many messages it has carried, and who comes next.
 """
@@ -27,7 +27,7 @@ _NO_SMTPUTF8 = without(Phase.RCPT, "SMTPUTF8, which this address needs", "5.6.7"
 
 
 class Session:
-    """One open, authenticated session. Carries one transaction at a time, and the commands of the next one behind its content.
+    """One open, authenticated session. Carries one transaction at a time, and the beginning of the next one behind its content.
 
     `upstream`: the settings that it was opened with. `validity`: of the certificate on the other side. `recipients_limit`: how many
     the upstream says that it takes in one transaction (RFC 9422), 0 where it does not. `busy`: a transaction is under way. `rider`: when
@@ -46,6 +46,7 @@ class Session:
         self._own = upstream.replies
         self._dirty = False
         self._botched = False
+        self._closing = False  # the upstream has said that it closes the connection
         self._abandoned = False  # the rider has gone, and his commands are on their way, whoever ends later
         self._turn: asyncio.Future[None] | None = None  # of the rider: done when the transaction before his has ended
         self.busy = False
@@ -54,8 +55,8 @@ class Session:
         self.messages = 0
         self.idle_since = 0.0
 
-        #: Whether messages may ride on it: where small ones do not go in one flight anyway.
-        self.rideable = offer.pipelining and not offer.chunking
+        #: Whether messages may ride on it.
+        self.rideable = offer.pipelining
 
     @property
     def usable(self) -> bool:
@@ -75,7 +76,7 @@ class Session:
             self._botched, self._dirty = transaction.botched or self._abandoned, transaction.dirty
             self.messages += 1
         finally:
-            self.busy = False
+            self.busy, self._closing = False, transaction.closing
             if self._turn is not None and not self._turn.done():
                 self._turn.set_result(None)
         return outcomes
@@ -96,8 +97,9 @@ class Session:
             finally:
                 self.rider, self._turn = False, None
         self.rider = False
-        if not self.usable:
-            raise Stale(in_doubt=False)
+        flown = ahead is not None and ahead.flown
+        if self._botched or not (flown or self.usable):  # what has been answered before the end is still to be read
+            raise Stale(in_doubt=flown and not self._closing)
         return await self.send(message, ahead=ahead)
 
     def _transaction(self, message: Outgoing) -> Transaction:

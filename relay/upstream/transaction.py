@@ -4,7 +4,8 @@ Small mail for one recipient is one flight from MAIL to the last octet where the
 Other mail waits for the reply to DATA; MAIL, RCPT… and DATA are one flight where PIPELINING is offered (RFC 2920), and go one by one
 where it is not. What replies mean is decided in `mail.outcome`.
 
-Where there is no CHUNKING, the commands of the next transaction may go out behind the content of this one, before its reply.
+What begins the next transaction may go out behind the content of this one, before its reply (RFC 2920 section 3.1): all of it where
+that is one flight, else its commands.
 """
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -62,7 +63,7 @@ class Offer(NamedTuple):
 
 
 class Stale(Exception):
-    """A reused connection had ended before it answered MAIL: the message may go on a new one, to the same upstream.
+    """A reused connection had ended, or was out of step, before it answered MAIL: the message may go on a new one, to the same upstream.
 
     `in_doubt`: all of the message had been handed over, and what the upstream made of it cannot be known.
     """
@@ -75,7 +76,8 @@ class Stale(Exception):
 class Transaction:
     """Sends one Outgoing over a Wire. Made for one use.
 
-    After `run`, `botched` says that the connection is out of step or closed, and `dirty` that RSET must come before the next MAIL.
+    After `run`, `botched` says that the connection is out of step or closed, `closing` that the upstream has said it closes it, and
+    `dirty` that RSET must come before the next MAIL.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class Transaction:
         handed_over: Callable[[], None] | None = None,
     ) -> None:
         """`own`: what the provider's own replies mean. `handed_over` is called when the last octet of the content has been written,
-        after which another one may `send_ahead`.
+        and nothing but replies is awaited: another one may `send_ahead`.
         """
         self._wire = wire
         self._offer = offer
@@ -101,7 +103,9 @@ class Transaction:
         self._fate: Outcome | None = None  # of all the others; once it is known, nothing is left to be decided
         self._phase = _MAIL
         self._sent_ahead: list[str] = []
+        self.flown = False  # all of it is sent ahead
         self.botched = False
+        self.closing = False
         self.dirty = False
 
     async def run(self, *, reused: bool, reset: bool) -> list[Outcome]:
@@ -111,9 +115,10 @@ class Transaction:
             return [lacking] * len(self._message.recipients)
         if self._sent_ahead:
             self._wire.come_up()
+            reset = self._begins_with_reset
         try:
-            if self._fits_one_flight and not reset and not self._sent_ahead:
-                await self._fly(reused=reused)
+            if self._fits_one_flight:
+                await self._fly(reused=reused, reset=reset)
             elif await self._envelope(reused=reused, reset=reset):
                 await self._content()
         except Broken as broken:
@@ -125,12 +130,19 @@ class Transaction:
         return self._outcomes()
 
     def send_ahead(self) -> None:
-        """Send the commands while another transaction waits for the reply to its content (RFC 2920 section 3.1); `run` when it has it."""
+        """Send the commands while another transaction waits for the reply to its content, and with them the content where it is one
+        flight; `run` when it has it."""
         if self._lacking() is None:
-            commands = self._commands(reset=False)
+            flies = self._fits_one_flight
+            commands = self._commands(reset=self._begins_with_reset)
             with suppress(Broken):  # the other one will be told
-                self._wire.write_ahead("".join(commands).encode(), replies=len(commands))
-                self._sent_ahead = commands
+                self._wire.write_ahead("".join(commands).encode(), *([self._message.octets] if flies else []), replies=len(commands))
+                self._sent_ahead, self.flown = commands, flies
+
+    @property
+    def _begins_with_reset(self) -> bool:
+        """Whether, sent ahead, it begins with RSET: the one before may be a flight whose envelope is refused, and would stay open."""
+        return self._offer.chunking
 
     def _outcomes(self) -> list[Outcome]:
         """One for each recipient, and whether the upstream also took what he wishes to be reported."""
@@ -164,27 +176,30 @@ class Transaction:
         message = self._message
         return message.rest is None and message.size <= _ONE_FLIGHT_BYTES and len(message.recipients) == 1
 
-    async def _fly(self, *, reused: bool) -> None:
+    async def _fly(self, *, reused: bool, reset: bool) -> None:
         """MAIL, RCPT, BDAT and the content in one flight (RFC 3030 section 4.2): in doubt from here to the reply that decides."""
-        message, timeouts = self._message, self._timeouts
-        commands = f"{self._mail()}{self._rcpt(message.recipients[0])}BDAT {len(message.octets)} LAST\r\n"
+        timeouts = self._timeouts
+        commands = self._sent_ahead or self._commands(reset=reset)
         replies: list[Lines] = []
         try:
-            self._wire.write(commands.encode(), message.octets)
+            if not self._sent_ahead:
+                self._wire.write("".join(commands).encode(), self._message.octets)
             self._phase = _FINAL
-            while len(replies) < 3:
-                wanted = 3 - len(replies)
+            if self._handed_over is not None:
+                self._handed_over()
+            while (wanted := len(commands) - len(replies)) > 0:
                 replies += await self._wire.replies(wanted, timeout_seconds=timeouts.command, last_timeout_seconds=timeouts.final)
         except Broken:
-            if reused and self._stale(replies, reset=False):
-                raise Stale(in_doubt=not replies and self._phase is _FINAL) from None
-            self._judge(replies[:2])
+            if reused and self._stale(replies, reset=reset):
+                raise Stale(in_doubt=self._phase is _FINAL and not self.closing) from None
+            self._judge(replies[int(reset) :][:2])
             raise
-        if reused and self._stale(replies, reset=False):
-            raise Stale(in_doubt=False)
-        self._judge(replies[:2])
+        if reused and self._stale(replies, reset=reset):
+            raise Stale(in_doubt=not self.closing)  # what answers RSET with a refusal has not read this flight from its beginning
+        *before, last = replies[int(reset) :]
+        self._judge(before)
         self._phase = _FINAL
-        reply = parse_reply(replies[2])
+        reply = parse_reply(last)
         self.dirty = self._fate is not None or not reply.positive
         if reply.positive and self._fate is not None:
             self.botched = True  # taken in an envelope that it had refused: it is not at the place where we are
@@ -217,11 +232,14 @@ class Transaction:
         return self._go_ahead(replies, len(commands))
 
     def _commands(self, *, reset: bool) -> list[str]:
-        commands = [self._mail(), *map(self._rcpt, self._message.recipients), "DATA\r\n"]
+        message = self._message
+        content = f"BDAT {len(message.octets)} LAST\r\n" if self._fits_one_flight else "DATA\r\n"
+        commands = [self._mail(), *map(self._rcpt, message.recipients), content]
         return ["RSET\r\n", *commands] if reset else commands
 
     def _stale(self, replies: list[Lines], *, reset: bool) -> bool:
         """Whether the session was over before this MAIL: it has no reply, or a 421 that is no request to slow down."""
+        self.closing = any(lines[-1].startswith(b"421") for lines in replies[: 1 + reset])
         if reset and not (replies and replies[0][-1].startswith(b"2")):
             return True
         mail = replies[1:2] if reset else replies[:1]
@@ -337,6 +355,7 @@ class Transaction:
         """421 closes the channel (RFC 5321 section 3.8); a 3xx waits for something that it will not get."""
         if reply.code == 421 or 300 <= reply.code < 400:
             self.botched = True
+            self.closing = reply.code == 421
 
     def _fill(self, outcome: Outcome) -> None:
         """Give `outcome` to everybody who has none yet."""

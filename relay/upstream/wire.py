@@ -27,7 +27,7 @@ class Broken(Exception):
 
 
 class Wire(asyncio.Protocol):
-    """One established connection. Used by one transaction at a time, and by a second one that has sent its commands ahead."""
+    """One established connection. Used by one transaction at a time, and by a second one that has been sent ahead."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._loop = asyncio.get_running_loop()
@@ -54,14 +54,14 @@ class Wire(asyncio.Protocol):
             self._be_open()
         self._transport.write(octets[0] if len(octets) == 1 else b"".join(octets))  # uvloop's writelines costs more than the copy
 
-    def write_ahead(self, octets: bytes, *, replies: int) -> None:
-        """Send commands whose `replies` come after those that are awaited at the moment (RFC 2920). `come_up` before asking for them.
+    def write_ahead(self, *octets: bytes, replies: int) -> None:
+        """Send what has its `replies` after those that are awaited at the moment (RFC 2920). `come_up` before asking for them.
         Raises Broken."""
         self._ahead = replies
-        self.write(octets)
+        self.write(*octets)
 
     def come_up(self) -> None:
-        """What was awaited before is here, or never will be: the next `replies` are those to the commands that were sent ahead."""
+        """What was awaited before is here, or never will be: the next `replies` are those to what was sent ahead."""
         self._wanted, self._ahead = self._ahead, 0
 
     async def replies(self, count: int, *, timeout_seconds: float, last_timeout_seconds: float = 0.0) -> list[Lines]:

@@ -32,6 +32,8 @@ def limited(upstream: Upstream, **limits: int) -> Upstream:
 class Station:
     """The other side of one connection at a time, which the test plays."""
 
+    offers = OFFERS
+
     def __init__(self) -> None:
         self.connections: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
         self.writers: list[asyncio.StreamWriter] = []
@@ -40,7 +42,7 @@ class Station:
         self.writers.append(writer)
         writer.write(b"220 rides.test\r\n")
         await reader.readline()
-        writer.write(OFFERS)
+        writer.write(self.offers)
         await self.connections.put((reader, writer))
         await writer.wait_closed()
 
@@ -326,7 +328,7 @@ async def test_a_probe_waits_for_a_connection_and_nobody_rides_meanwhile() -> No
         first, second = sending(pool, b"one\r\n"), sending(pool, b"two\r\n")
         reader, writer = await played.connections.get()
         probe = asyncio.ensure_future(pool.probe("acme"))
-        await eventually(lambda: "acme" in pool._rides and len(pool._rides["acme"]._probing) == 1)
+        await eventually(lambda: "acme" in pool._rides and len(pool._rides["acme"]._apart) == 1)
         await taken(reader, writer)
         writer.write(b"250 first\r\n")
         assert all_sent(await first)
@@ -371,7 +373,7 @@ async def test_a_probe_that_waits_shares_a_refused_login() -> None:
         server.script("greeting", Hold(hold))
         server.script("auth", b"535 5.7.8 no")
         first, probe = sending(pool, b"one\r\n"), asyncio.ensure_future(pool.probe("acme"))
-        await eventually(lambda: "acme" in pool._rides and len(pool._rides["acme"]._probing) == 1)
+        await eventually(lambda: "acme" in pool._rides and len(pool._rides["acme"]._apart) == 1)
         hold.set()
         assert words(await first) == ["deferred credential auth fallback"]
         outcome = await probe
@@ -388,7 +390,7 @@ async def test_a_probe_that_waits_is_told_of_a_throttled_login_that_leaves_nobod
         server.script("greeting", Hold(hold))
         server.script("auth", b"454 4.7.0 Too many logins, try again later")
         first, probe = sending(pool, b"one\r\n"), asyncio.ensure_future(pool.probe("acme"))
-        await eventually(lambda: "acme" in pool._rides and len(pool._rides["acme"]._probing) == 1)
+        await eventually(lambda: "acme" in pool._rides and len(pool._rides["acme"]._apart) == 1)
         hold.set()
         assert words(await first) == ["deferred upstream auth throttled"]
         await asyncio.sleep(0)
@@ -427,9 +429,3 @@ async def test_a_probe_waits_until_the_connection_whose_place_it_takes_is_closed
         bye.set()
         assert await probe is None
         assert (len(server.connections), server.most_at_once) == (2, 1)
-
-
-async def test_where_one_flight_is_enough_nobody_rides() -> None:
-    async with ScriptedUpstream(offers=("CHUNKING",)) as server, pool_to(acme=settings(server)) as pool:
-        assert all_sent(await pool.send("acme", outgoing(A)))
-        assert "acme" not in pool.riding

@@ -12,7 +12,8 @@ from relay.mail.outcome import Outcome, Status
 from relay.upstream.pool import Pool
 from relay.upstream.transaction import Outgoing
 from tests.support.certificates import Authority
-from tests.support.upstream import ScriptedUpstream
+from tests.support.eventually import eventually
+from tests.support.upstream import Hold, ScriptedUpstream
 
 SENDER, RECIPIENT = "app@acme.example", "you@example.org"
 CONTENT = b"Subject: hi\r\n\r\nhello\r\n"
@@ -79,6 +80,16 @@ async def raw_server(serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter
         for writer in running.values():
             writer.transport.abort()
         await asyncio.gather(*running)
+
+
+async def open_sessions(pool: Pool, server: ScriptedUpstream, count: int, name: str = "acme") -> None:
+    """Have so many messages under way at once that so many sessions are open, and idle afterwards."""
+    hold, before = asyncio.Event(), len(server.transactions)
+    server.script("final", Hold(hold), times=count)
+    messages = [asyncio.ensure_future(pool.send(name, outgoing())) for _ in range(count)]
+    await eventually(lambda: sum(each.complete for each in server.transactions[before:]) == count, "all to be under way")
+    hold.set()
+    assert all(map(all_sent, await asyncio.gather(*messages)))
 
 
 def words(outcomes: Sequence[Outcome]) -> list[str]:

@@ -17,7 +17,7 @@ from relay.upstream import watch
 from relay.upstream.pool import Pool
 from tests.support.eventually import eventually
 from tests.support.upstream import Close, Hang, Hold, ScriptedUpstream
-from tests.system.upstreams import all_sent, outgoing, settings, words
+from tests.system.upstreams import all_sent, open_sessions, outgoing, settings, words
 
 pytestmark = pytest.mark.both_loops
 
@@ -189,7 +189,7 @@ async def test_a_proven_secret_that_changes_costs_its_refused_logins_and_no_mail
     async with serve(acme=OLD) as server:
         upstream = with_login(server, {"file": str(secret_file)})
         async with pool_and_ear(acme=upstream) as (pool, _):
-            assert all_sent(await send_together(pool, 3))
+            await open_sessions(pool, server, 3)
             hold = asyncio.Event()
             server.script("final", Hold(hold), times=1)
             under_way = asyncio.ensure_future(pool.send("acme", outgoing()))
@@ -229,8 +229,8 @@ async def test_who_comes_while_the_secret_is_being_read_shares_what_is_found(tmp
             first = asyncio.ensure_future(send_together(pool, 3))
             await eventually(lambda: begun.read_text() == "xx", "the command to run again")
             later = asyncio.ensure_future(send_together(pool, 10))
-            turn = pool._logins["acme"]._turn
-            await eventually(lambda: len(turn._waiters or ()) >= 10, "ten more to wait for their turn")
+            turn, rides = pool._logins["acme"]._turn, pool._rides["acme"]
+            await eventually(lambda: len(turn._waiters or ()) + len(rides.waiting) >= 10, "ten more to wait for their turn")
             go.touch()
             assert words(await first) == REFUSED * 3
             assert words(await later) == REFUSED * 10
@@ -292,7 +292,7 @@ async def test_a_secret_from_the_environment_cannot_have_changed(monkeypatch: py
 
 async def test_a_secret_that_somebody_else_has_found_is_used_for_new_sessions_and_the_idle_ones_end(secret_file: Path) -> None:
     async with serve(acme=OLD) as server, pool_and_ear(acme=with_login(server, {"file": str(secret_file)})) as (pool, ear):
-        assert all_sent(await send_together(pool, 3))
+        await open_sessions(pool, server, 3)
         (use,) = pool.uses()
         assert use.name == "upstream acme: its secret"
         change_password(server, "acme", NEW)
@@ -301,7 +301,7 @@ async def test_a_secret_that_somebody_else_has_found_is_used_for_new_sessions_an
         assert use.take(old, old.read_again())
         await eventually(lambda: server.open_connections == 0, "the idle sessions to end")
         assert ear.changed == ["acme"]
-        assert all_sent(await send_together(pool, 2))
+        await open_sessions(pool, server, 2)
         assert [login.password for login in server.logins if login.accepted] == [OLD] * 3 + [NEW] * 2
         assert not [login for login in server.logins if not login.accepted]
 
@@ -382,5 +382,5 @@ async def test_without_a_login_a_refusal_is_only_reported() -> None:
     async with ScriptedUpstream() as server, pool_and_ear(acme=settings(server)) as (pool, ear):
         server.script("mail", b"530 5.7.0 Authentication required")
         assert words(await send_together(pool, 3)) == ["deferred credential mail fallback"] * 3
-        assert len(server.connections) == 3
+        assert len(server.connections) <= 3
         assert ear.notes == []

@@ -37,7 +37,7 @@ from tests.support.certificates import Authority
 from tests.support.eventually import eventually
 from tests.support.token_server import FIRST, Answer, Close, Drip, Flood, Hang, Hold, TokenServer, refused
 from tests.support.upstream import ScriptedUpstream, unused_port
-from tests.system.upstreams import all_sent, outgoing, settings, words
+from tests.system.upstreams import all_sent, open_sessions, outgoing, settings, words
 
 REFUSED = ["deferred credential auth fallback"]
 UNSEEN = "unseen"
@@ -736,7 +736,7 @@ async def send(pool: Pool, count: int = 1) -> list[Outcome]:
 
 async def test_mail_goes_with_a_token_and_its_sessions_are_kept(tmp_path: Path, server: TokenServer) -> None:
     async with ScriptedUpstream(tokens=server.valid) as smtp, pool_to(tmp_path, smtp, server) as pool:
-        assert all_sent(await send(pool, 20))
+        await open_sessions(pool, smtp, 20, "globex")
         assert all_sent(await send(pool))
         assert {(login.mechanism, login.user, login.password) for login in smtp.logins} == {
             ("XOAUTH2", "mailer@globex.example", "access-token-unseen-1")

@@ -572,6 +572,22 @@ async def test_aborting_cuts_off_what_hangs_and_settles_nothing(house: House) ->
     assert house.log.events("fault") == []
 
 
+async def test_the_backlog_is_what_waits_in_memory_and_more_where_the_spool_has_more(house: House) -> None:
+    house.attempts.hang("acme")
+    house.serve()
+    assert house.scheduler.backlog("acme") == 0
+    await house.put(*[ACME] * 2, told=True)
+    await house.turns()
+    assert (len(house.attempts.tried), house.scheduler.backlog("acme")) == (2, 0)
+    await house.put(*[ACME] * 3, told=True)
+    await house.turns()
+    assert house.scheduler.backlog("acme") == 3
+    await house.put(*[ACME] * 50, told=True)
+    await house.turns()
+    assert house.scheduler.backlog("acme") >= 10 * 2
+    assert house.scheduler.backlog("globex") == house.scheduler.backlog("nobody") == 0
+
+
 class Deaf(asyncio.Event):
     """Does not hear that it is cancelled for the first time, as `asyncio.wait_for` of Python 3.11 where it is just done."""
 
