@@ -4,6 +4,7 @@ import asyncio
 import ssl
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -304,3 +305,41 @@ async def test_a_host_that_has_a_new_certificate_of_a_stranger_is_not_trusted_fo
         assert (outcome.phase, outcome.status) == (Phase.TLS, Status.DEFERRED)
         server._offer = replace(server._offer, tls=tls.context())
         assert all_sent(await pool.send("acme", outgoing()))
+
+
+# -- the certificate on the other side -------------------------------------------------------------------------------------------
+
+
+def shaken(context: ssl.SSLContext, server: ssl.SSLContext) -> ssl.SSLObject:
+    """The client's side of a handshake in memory."""
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ours = context.wrap_bio(to_client, to_server, server_hostname="localhost")
+    theirs = server.wrap_bio(to_server, to_client, server_side=True)
+    for side in (ours, theirs, ours, theirs):
+        with suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    return ours
+
+
+async def test_a_certificate_is_taken_apart_once(tls: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tls_module, "_CERTIFICATES_LIMIT", 2)
+    context = await made().get(upstream(ca_file=str(tls.ca_file)))
+    assert context is not None
+    servers = [tls.context("localhost", f"{number}.example") for number in range(3)]
+    seen = [shaken(context, server).getpeercert() for server in (*servers, *servers)]
+    for number, certificate in enumerate(seen):
+        assert certificate is not None
+        assert ("DNS", f"{number % 3}.example") in certificate["subjectAltName"]  # type: ignore[operator]
+    again = shaken(context, servers[2])
+    assert again.getpeercert() is seen[5]
+    assert again.getpeercert(binary_form=True) == ssl.SSLObject.getpeercert(again, True)
+    assert again.getpeercert() == ssl.SSLObject.getpeercert(again)
+
+
+async def test_a_certificate_that_is_not_verified_is_never_taken_apart(tls: Authority) -> None:
+    server = tls.context("localhost")
+    verifying, blind = await made().get(upstream(ca_file=str(tls.ca_file))), await made().get(upstream(verify=False))
+    assert verifying is not None
+    assert blind is not None
+    assert shaken(verifying, server).getpeercert()
+    assert shaken(blind, server).getpeercert() == {}
