@@ -177,7 +177,7 @@ def expand_alias(address: str, config: Config) -> tuple[str, ...]:
     if not config.aliases:
         return (address,)
     found: dict[str, str] = {}
-    _follow(address, config, found, ())
+    _follow(address, config, found, (), set())
     return tuple(found.values())
 
 
@@ -232,12 +232,16 @@ def _failures(route: Route, facts: Facts) -> Iterator[str]:
         yield f"client {origin.client or 'unknown'} is not in {', '.join(map(str, route.client))}"
 
 
-def _follow(address: str, config: Config, found: dict[str, str], path: tuple[str, ...]) -> None:
+def _follow(address: str, config: Config, found: dict[str, str], path: tuple[str, ...], followed: set[str]) -> bool:
+    """Answers whether nothing led back to the path: then the alias is `followed`, and would lead to the same from anywhere else."""
     name = folded(address)
     local, _, domain = name.rpartition("@")
     targets = config.aliases.get(name) or (config.aliases.get(local) if domain == config.domain else None)
     if not targets or name in path:
         found.setdefault(name, address)
-        return
-    for target in targets:
-        _follow(target, config, found, (*path, name))
+        return not targets
+    if name not in followed:
+        ends = [_follow(target, config, found, (*path, name), followed) for target in targets]
+        if all(ends):
+            followed.add(name)
+    return name in followed

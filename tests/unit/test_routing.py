@@ -276,6 +276,12 @@ def test_bare_addresses_are_completed(address: str, domain: str | None, expected
     assert complete(address, domain) == expected
 
 
+def test_aliases_that_lead_to_each_other_on_many_ways_are_followed_once() -> None:
+    ways = {f"{one}{number}": [f"{each}{number + 1}@acme.example" for each in "ab"] for number in range(60) for one in "ab"}
+    setup = config(domain="acme.example", aliases=ways | {"a60": "one@example.org", "b60": "two@example.org"})
+    assert expand_alias("a0@acme.example", setup) == ("one@example.org", "two@example.org")
+
+
 def test_aliases_are_followed_and_circles_are_cut() -> None:
     setup = config(
         domain="example.net",
