@@ -81,7 +81,9 @@ class Rides:
             if turn in queue:
                 queue.remove(turn)
             if turn.done() and not turn.cancelled() and turn.exception() is None:
-                self._decline(turn.result())
+                session = turn.result()
+                self._opening -= session is None and queue is self.waiting
+                self._decline(session)
             raise
 
     def offer(self, session: Session) -> None:

@@ -89,3 +89,20 @@ async def test_who_is_cut_off_while_he_opens_one_leaves_it_to_others() -> None:
         assert all_sent(await second) and all_sent(await third)
         assert (pool._rides["acme"]._opening, pool._rides["acme"]._used) == (0, 0)
         hold.set()
+
+
+async def test_who_is_cut_off_as_it_is_his_turn_leaves_it_to_others() -> None:
+    async with ScriptedUpstream() as server, pool_to(acme=settings(server, limits=LIMIT)) as pool:
+        hold = asyncio.Event()
+        server.script("greeting", Hold(hold), connection=1)
+        first, second, third, fourth = burst(pool, 4)
+        await server.connected(1)
+        rides = pool._rides["acme"]
+        rides.opened()  # as if it were: it is the second one's turn
+        rides.reopen()
+        second.cancel()
+        await asyncio.wait([second])
+        assert rides._opening == 2, "the first one's, and what is the third one's now"
+        hold.set()
+        assert all(map(all_sent, await asyncio.gather(first, third, fourth)))
+        assert (rides._opening, rides._used) == (0, 0)
