@@ -123,7 +123,7 @@ class Pool:
         """With the right to a connection, like mail, and where one is idle in its place: some upstreams count strictly."""
         rides, patience = self._rides_of(name), self.settings(name).timeouts.connect
         try:
-            session = None if rides.board() else await rides.wait_to_probe(timeout_seconds=patience)
+            session = await rides.wait_to_probe(timeout_seconds=patience)
         except CannotOpen as error:
             return error.outcome
         try:
@@ -153,15 +153,17 @@ class Pool:
         return self._opened.get(name)
 
     async def _send(self, name: str, message: Outgoing) -> list[Outcome]:
-        """Over an idle session, behind another message, or over a new session; over a new one where it has gone stale."""
+        """Over an idle session, behind another message, or over a new session; over another one where it has gone stale."""
         rides, in_doubt = self._rides.get(name) or self._rides_of(name), False
-        session = self._take(name)
         try:
-            if idle := session is not None:
-                rides.keep()
-            else:
-                session = await rides.wait()
-            if session is not None:
+            while True:
+                session = self._take(name)
+                if idle := session is not None:
+                    rides.keep()
+                else:
+                    session = await rides.wait()
+                if session is None:
+                    break
                 try:
                     outcomes = await (session.send(message) if idle else session.ride(message))
                 except Stale as stale:
@@ -172,7 +174,10 @@ class Pool:
                 else:
                     self._hand_on(name, session)
                     return outcomes
-                await self._replace(name, session)
+                if in_doubt or not session.rider:
+                    await self._replace(name, session)
+                    break
+                self._dismiss(session)  # he who rode behind has the right to its place
             outcomes = await self._send_anew(name, message)
         except CannotOpen as error:
             outcomes = [error.outcome] * len(message.recipients)
@@ -194,7 +199,7 @@ class Pool:
             self._give_back(name, None)
             raise
         except BaseException:
-            rides.fail()
+            rides.abandon()
             self._give_back(name, None)
             raise
         rides.opened()
@@ -218,7 +223,7 @@ class Pool:
             except BaseException:
                 self._give_back(name, session)
                 raise
-        rides.reopen()
+        rides.open()
 
     def _hand_on(self, name: str, session: Session) -> None:
         """One has sent over it. It is the rider's now, or still of the one before, or anybody's."""

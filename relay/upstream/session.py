@@ -61,7 +61,7 @@ class Session:
     @property
     def usable(self) -> bool:
         """Whether another message may be sent over it."""
-        return not self._botched and self._wire.lost is None and self.messages < self._messages_limit
+        return not (self._botched or self._closing) and self._wire.lost is None and self.messages < self._messages_limit
 
     async def send(self, message: Outgoing, *, ahead: Transaction | None = None) -> list[Outcome]:
         """One outcome for each recipient, in their order. `ahead`: whose commands are sent already. Raises Stale when the session had
@@ -75,14 +75,21 @@ class Session:
             outcomes = await transaction.run(reused=self.messages > 0, reset=self._dirty)
             self._botched, self._dirty = transaction.botched or self._abandoned, transaction.dirty
             self.messages += 1
+        except Stale:
+            self._botched, self._closing = transaction.botched or self._abandoned, True
+            raise
         finally:
-            self.busy, self._closing = False, transaction.closing
+            self.busy = False
+            self._closing |= transaction.closing
+            if self.rides is not None:
+                self.rides.land(self)
             if self._turn is not None and not self._turn.done():
                 self._turn.set_result(None)
         return outcomes
 
     async def ride(self, message: Outgoing) -> list[Outcome]:
-        """As `send`, behind the message whose content is handed over, or after it. Raises Stale when that was this session's last one."""
+        """As `send`, behind the message whose content is handed over, or after it. Raises Stale when that was this session's last one: in
+        doubt where all of this one was on its way, and the connection is out of step."""
         ahead = None
         if self.busy:
             self._turn = asyncio.get_running_loop().create_future()
@@ -98,8 +105,8 @@ class Session:
                 self.rider, self._turn = False, None
         self.rider = False
         flown = ahead is not None and ahead.flown
-        if self._botched or not (flown or self.usable):  # what has been answered before the end is still to be read
-            raise Stale(in_doubt=flown and not self._closing)
+        if self._botched or not (flown or self.usable):  # what was answered before the end is still to be read
+            raise Stale(in_doubt=flown)
         return await self.send(message, ahead=ahead)
 
     def _transaction(self, message: Outgoing) -> Transaction:
@@ -109,8 +116,9 @@ class Session:
     def _float(self) -> None:
         """The content is handed over, and nothing but the reply to it is awaited. A session with an old secret takes no rider."""
         rides = self.rides
-        if rides is not None and rides.waiting and rides.upstream is self.upstream and self.messages + 1 < self._messages_limit:
-            rides.offer(self)
+        if rides is None or rides.upstream is not self.upstream or self._closing or self.messages + 1 >= self._messages_limit:
+            return
+        rides.offer(self)
 
     async def _send_to_ascii(self, message: Outgoing) -> list[Outcome]:
         """To those whose addresses need no SMTPUTF8, as if there were no others; these fail, and another upstream may take them."""
@@ -127,7 +135,7 @@ class Session:
 
     def quit(self) -> None:
         """End the session politely if it is in step, at once if not."""
-        if self._botched:
+        if self._botched or self._closing:
             self.cut()
         else:
             self._wire.quit(timeout_seconds=_QUIT_SECONDS)

@@ -76,7 +76,7 @@ class Stale(Exception):
 class Transaction:
     """Sends one Outgoing over a Wire. Made for one use.
 
-    After `run`, `botched` says that the connection is out of step or closed, `closing` that the upstream has said it closes it, and
+    After `run`, `botched` says that the connection is out of step, `closing` that the upstream has said it closes it, and
     `dirty` that RSET must come before the next MAIL.
     """
 
@@ -115,14 +115,13 @@ class Transaction:
             return [lacking] * len(self._message.recipients)
         if self._sent_ahead:
             self._wire.come_up()
-            reset = self._begins_with_reset
+            reset = self._resets_ahead
         try:
             if self._fits_one_flight:
                 await self._fly(reused=reused, reset=reset)
             elif await self._envelope(reused=reused, reset=reset):
                 await self._content()
         except Broken as broken:
-            self.botched = True
             self._fill(outcome_of_failure(self._phase, broken.failure, f"{broken} ({_MOMENT[self._phase]})"))
         except MalformedReply as nonsense:
             self.botched = True
@@ -134,13 +133,13 @@ class Transaction:
         flight; `run` when it has it."""
         if self._lacking() is None:
             flies = self._fits_one_flight
-            commands = self._commands(reset=self._begins_with_reset)
+            commands = self._commands(reset=self._resets_ahead)
             with suppress(Broken):  # the other one will be told
                 self._wire.write_ahead("".join(commands).encode(), *([self._message.octets] if flies else []), replies=len(commands))
                 self._sent_ahead, self.flown = commands, flies
 
     @property
-    def _begins_with_reset(self) -> bool:
+    def _resets_ahead(self) -> bool:
         """Whether, sent ahead, it begins with RSET: the one before may be a flight whose envelope is refused, and would stay open."""
         return self._offer.chunking
 
@@ -189,13 +188,16 @@ class Transaction:
                 self._handed_over()
             while (wanted := len(commands) - len(replies)) > 0:
                 replies += await self._wire.replies(wanted, timeout_seconds=timeouts.command, last_timeout_seconds=timeouts.final)
-        except Broken:
+        except Broken as broken:
             if reused and self._stale(replies, reset=reset):
-                raise Stale(in_doubt=self._phase is _FINAL and not self.closing) from None
+                left = broken.failure is Failure.CLOSED and self._said_goodbye(replies, reset=reset)
+                raise Stale(in_doubt=self._phase is _FINAL and not left) from None
             self._judge(replies[int(reset) :][:2])
             raise
         if reused and self._stale(replies, reset=reset):
-            raise Stale(in_doubt=not self.closing)  # what answers RSET with a refusal has not read this flight from its beginning
+            # What refuses RSET has not read this flight from its beginning, and what says 421 to MAIL may read on.
+            self.botched = reset and not replies[0][-1].startswith(b"2")
+            raise Stale(in_doubt=self.botched or replies[-1][-1].startswith(b"2"))
         *before, last = replies[int(reset) :]
         self._judge(before)
         self._phase = _FINAL
@@ -205,6 +207,12 @@ class Transaction:
             self.botched = True  # taken in an envelope that it had refused: it is not at the place where we are
         self._fill(outcome_of_reply(_FINAL, reply, own=self._own))
         self._note(reply)
+
+    def _said_goodbye(self, replies: list[Lines], *, reset: bool) -> bool:
+        """Whether the upstream's last word tells why it has closed the connection, and so has read no further: 421 (RFC 5321 section 3.8),
+        also where that was for the transaction before, or to RSET what Exim says to somebody who has talked too much."""
+        word = self._wire.last_word[:3]
+        return word == b"421" or (word in (b"521", b"554") and reset and len(replies) == 1)
 
     # -- MAIL, RCPT, DATA -------------------------------------------------------------------------------------------------
 
@@ -239,7 +247,6 @@ class Transaction:
 
     def _stale(self, replies: list[Lines], *, reset: bool) -> bool:
         """Whether the session was over before this MAIL: it has no reply, or a 421 that is no request to slow down."""
-        self.closing = any(lines[-1].startswith(b"421") for lines in replies[: 1 + reset])
         if reset and not (replies and replies[0][-1].startswith(b"2")):
             return True
         mail = replies[1:2] if reset else replies[:1]
@@ -353,9 +360,8 @@ class Transaction:
 
     def _note(self, reply: Reply) -> None:
         """421 closes the channel (RFC 5321 section 3.8); a 3xx waits for something that it will not get."""
-        if reply.code == 421 or 300 <= reply.code < 400:
-            self.botched = True
-            self.closing = reply.code == 421
+        self.closing |= reply.code == 421
+        self.botched |= 300 <= reply.code < 400
 
     def _fill(self, outcome: Outcome) -> None:
         """Give `outcome` to everybody who has none yet."""

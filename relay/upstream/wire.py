@@ -7,9 +7,13 @@ State: replies that have arrived and were not yet asked for, the one waiter, and
 """
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 from relay.mail.outcome import Failure
+
+_QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)  # Linux has it
 
 #: One reply may be this long; aiosmtplib and Postfix allow less. More is nonsense, not a reply.
 _REPLY_LIMIT_BYTES = 64 * 1024
@@ -44,6 +48,7 @@ class Wire(asyncio.Protocol):
         self._unsent_bytes = 0
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self.last_word = b""  # the last line of the last reply that was asked for
         self.lost: Broken | None = None  # why the connection cannot be used any more; what arrives unasked ends it, too
         self.ended: asyncio.Future[None] = self._loop.create_future()  # done when the transport is closed
         transport.set_protocol(self)
@@ -63,6 +68,12 @@ class Wire(asyncio.Protocol):
     def come_up(self) -> None:
         """What was awaited before is here, or never will be: the next `replies` are those to what was sent ahead."""
         self._wanted, self._ahead = self._ahead, 0
+        if _QUICKACK is None or self.lost is not None or self._transport.is_closing():
+            return
+        if (connection := self._transport.get_extra_info("socket")) is not None:
+            # The next reply may wait for our acknowledgement of the one before (Nagle), and this for something to go with it: 40 ms.
+            with suppress(OSError):
+                connection.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
 
     async def replies(self, count: int, *, timeout_seconds: float, last_timeout_seconds: float = 0.0) -> list[Lines]:
         """The next `count` replies, or as many as arrived before the connection ended, if at least one did.
@@ -78,6 +89,7 @@ class Wire(asyncio.Protocol):
             raise self.lost
         taken = self._replies[:count]
         del self._replies[:count]
+        self.last_word = taken[-1][-1]
         self._wanted = count - len(taken)
         return taken
 

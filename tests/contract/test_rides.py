@@ -296,7 +296,7 @@ async def test_a_session_that_is_let_go_counts_until_its_connection_is_closed(mo
         clock.advance(IDLE_SECONDS)
         await eventually(lambda: server.connections[0].verbs[-1] == "QUIT", "the session to be let go")
         second = sending(pool, b"two\r\n")
-        await eventually(lambda: bool(pool._rides["acme"].waiting), "the message to wait")
+        await eventually(lambda: bool(pool._rides["acme"]._waiting), "the message to wait")
         assert len(server.connections) == 1
         bye.set()
         assert all_sent(await second)
@@ -410,7 +410,7 @@ async def test_a_probe_counts_until_its_connection_is_closed_though_it_is_cut_of
         await asyncio.wait([probe])
         message = sending(pool, b"one\r\n")
         await asyncio.sleep(0)
-        assert pool._rides["acme"].waiting
+        assert pool._rides["acme"]._waiting
         bye.set()
         assert all_sent(await message)
         assert server.most_at_once == 1

@@ -99,10 +99,21 @@ async def test_who_is_cut_off_as_it_is_his_turn_leaves_it_to_others() -> None:
         await server.connected(1)
         rides = pool._rides["acme"]
         rides.opened()  # as if it were: it is the second one's turn
-        rides.reopen()
+        rides.open()
         second.cancel()
         await asyncio.wait([second])
         assert rides._opening == 2, "the first one's, and what is the third one's now"
         hold.set()
         assert all(map(all_sent, await asyncio.gather(first, third, fourth)))
         assert (rides._opening, rides._used) == (0, 0)
+
+
+async def test_where_one_takes_long_to_open_each_tries_for_himself() -> None:
+    async with ScriptedUpstream() as server, pool_to(acme=settings(server, limits=LIMIT)) as pool:
+        hold = asyncio.Event()
+        server.script("greeting", Hold(hold))
+        messages = burst(pool, 7)
+        await server.connected(7)
+        hold.set()
+        assert all(map(all_sent, await asyncio.gather(*messages)))
+        assert pool._rides["acme"]._slow is None

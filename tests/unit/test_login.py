@@ -230,7 +230,7 @@ async def test_who_comes_while_the_secret_is_being_read_shares_what_is_found(tmp
             await eventually(lambda: begun.read_text() == "xx", "the command to run again")
             later = asyncio.ensure_future(send_together(pool, 10))
             turn, rides = pool._logins["acme"]._turn, pool._rides["acme"]
-            await eventually(lambda: len(turn._waiters or ()) + len(rides.waiting) >= 10, "ten more to wait for their turn")
+            await eventually(lambda: len(turn._waiters or ()) + len(rides._waiting) >= 10, "ten more to wait for their turn")
             go.touch()
             assert words(await first) == REFUSED * 3
             assert words(await later) == REFUSED * 10
