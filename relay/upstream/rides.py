@@ -1,4 +1,4 @@
-"""Who rides behind whom: more messages for an upstream than it gets connections.
+"""Who opens a connection, and who rides behind whom: there may be more messages for an upstream than it gets connections.
 
 A connection rests while its reply to a content is on the way. Then the next message goes out behind that content (RFC 2920 section 3.1
 allows it), or its commands where it is not one flight, and the connection is its own when the reply has come. So the scheduler may
