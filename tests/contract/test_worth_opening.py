@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from relay.mail.outcome import Outcome
+from relay.upstream import rides as rides_module
 from relay.upstream.pool import Pool
 from tests.support.eventually import eventually
 from tests.support.upstream import Hold, ScriptedUpstream
@@ -13,6 +14,12 @@ from tests.system.upstreams import all_sent, outgoing, pool_to, settings, words
 pytestmark = pytest.mark.both_loops
 
 LIMIT = {"connections": 20}
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine is no reason to open more."""
+    monkeypatch.setattr(rides_module, "_SLOW_SECONDS", 60.0)
 
 
 def burst(pool: Pool, count: int) -> "list[asyncio.Task[list[Outcome]]]":
@@ -108,7 +115,8 @@ async def test_who_is_cut_off_as_it_is_his_turn_leaves_it_to_others() -> None:
         assert (rides._opening, rides._used) == (0, 0)
 
 
-async def test_where_one_takes_long_to_open_each_tries_for_himself() -> None:
+async def test_where_one_takes_long_to_open_each_tries_for_himself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rides_module, "_SLOW_SECONDS", 0.02)
     async with ScriptedUpstream() as server, pool_to(acme=settings(server, limits=LIMIT)) as pool:
         hold = asyncio.Event()
         server.script("greeting", Hold(hold))
