@@ -3,14 +3,13 @@
 import asyncio
 import socket
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 
 from relay.mail.outcome import Outcome
 from relay.upstream.pool import Pool
-from tests.contract.test_rides import Station, limited
+from tests.contract.test_rides import Station, limited, sending, station
 from tests.system.upstreams import all_sent, outgoing, pool_to, raw_server, sliced, words
 
 pytestmark = pytest.mark.both_loops
@@ -20,23 +19,9 @@ OFFERS = b"250-flown.test\r\n250-PIPELINING\r\n250-SIZE 100000\r\n250 CHUNKING\r
 TAKEN = b"250 Ok\r\n250 Ok\r\n250 taken\r\n"
 
 
-class Airport(Station):
-    """The other side of one connection at a time, which the test plays."""
+Sending = asyncio.Task[list[Outcome]]
 
-    offers = OFFERS
-
-
-@asynccontextmanager
-async def airport(**limits: int) -> AsyncIterator[tuple[Airport, Pool]]:
-    played = Airport()
-    async with raw_server(played.serve) as upstream, pool_to(acme=limited(upstream, **limits)) as pool:
-        yield played, pool
-        for writer in played.writers:  # so that nobody waits for the answer to QUIT
-            writer.close()
-
-
-def sending(pool: Pool, content: bytes) -> "asyncio.Task[list[Outcome]]":
-    return asyncio.ensure_future(pool.send("acme", outgoing(A, octets=content)))
+airport = partial(station, offers=OFFERS)
 
 
 def flight(content: bytes, *, rides: bool) -> bytes:
@@ -49,7 +34,16 @@ async def lands(reader: asyncio.StreamReader, content: bytes, *, rides: bool = F
     assert await asyncio.wait_for(reader.readexactly(len(expected)), 30) == expected
 
 
-async def taken_anew(played: Airport, content: bytes) -> None:
+async def both_flown(played: Station, pool: Pool) -> tuple[Sending, Sending, asyncio.StreamReader, asyncio.StreamWriter]:
+    """Two messages that are on their way over one connection."""
+    first, second = sending(pool, b"one\r\n"), sending(pool, b"two\r\n")
+    reader, writer = await played.connections.get()
+    await lands(reader, b"one\r\n")
+    await lands(reader, b"two\r\n", rides=True)
+    return first, second, reader, writer
+
+
+async def taken_anew(played: Station, content: bytes) -> None:
     """The message comes alone, on the next connection, and is taken."""
     reader, writer = await asyncio.wait_for(played.connections.get(), 30)
     await lands(reader, content)
@@ -83,10 +77,7 @@ async def test_the_next_flight_comes_before_the_reply_to_the_one_before() -> Non
 )
 async def test_the_refusal_of_the_one_before_is_not_that_of_the_one_behind(refusal: bytes, expected: str) -> None:
     async with airport() as (played, pool):
-        first, second = sending(pool, b"one\r\n"), sending(pool, b"two\r\n")
-        reader, writer = await played.connections.get()
-        await lands(reader, b"one\r\n")
-        await lands(reader, b"two\r\n", rides=True)
+        first, second, reader, writer = await both_flown(played, pool)
         writer.write(refusal + b"250 flushed\r\n" + TAKEN)
         assert words(await first) == [expected]
         assert words(await second) == ["sent message final"]
@@ -104,10 +95,7 @@ FIRST_TAKEN, FIRST_LEFT = (TAKEN, "sent message final"), (b"", "deferred upstrea
 async def test_without_a_word_to_the_one_behind_it_is_in_doubt(replies: bytes, expected: str, again: bool) -> None:
     """It goes again at once to the same upstream; where that fails, too, nobody else may get it."""
     async with airport() as (played, pool):
-        first, second = sending(pool, b"one\r\n"), sending(pool, b"two\r\n")
-        reader, writer = await played.connections.get()
-        await lands(reader, b"one\r\n")
-        await lands(reader, b"two\r\n", rides=True)
+        first, second, _, writer = await both_flown(played, pool)
         writer.write(replies)
         played.offers = OFFERS if again else b"554 5.3.2 no more\r\n"
         writer.close()
@@ -132,10 +120,7 @@ async def test_without_a_word_to_the_one_behind_it_is_in_doubt(replies: bytes, e
 @pytest.mark.parametrize("again", [True, False])
 async def test_who_says_goodbye_has_not_taken_the_one_behind(replies: bytes, expected: str, again: bool) -> None:
     async with airport() as (played, pool):
-        first, second = sending(pool, b"one\r\n"), sending(pool, b"two\r\n")
-        reader, writer = await played.connections.get()
-        await lands(reader, b"one\r\n")
-        await lands(reader, b"two\r\n", rides=True)
+        first, second, _, writer = await both_flown(played, pool)
         played.offers = OFFERS if again else b"554 5.3.2 no more\r\n"
         writer.write(replies)
         writer.close()
@@ -161,10 +146,7 @@ GOES_ON = {
 async def test_who_says_goodbye_and_stays_may_have_taken_the_one_behind(replies: bytes, expected: str, pause: float) -> None:
     """As Exim does where an ACL says 421: what it answers then counts, and where it contradicts itself nobody else may get the message."""
     async with airport() as (played, pool):
-        first, second = sending(pool, b"one\r\n"), sending(pool, b"two\r\n")
-        reader, writer = await played.connections.get()
-        await lands(reader, b"one\r\n")
-        await lands(reader, b"two\r\n", rides=True)
+        first, second, _, writer = await both_flown(played, pool)
         played.offers = b"554 5.3.2 no more\r\n"
         end = replies.index(b"later\r\n") + 7
         writer.write(replies[:end])
@@ -177,10 +159,7 @@ async def test_who_says_goodbye_and_stays_may_have_taken_the_one_behind(replies:
 async def test_who_has_had_enough_of_resets_and_goes_has_not_taken_the_one_behind() -> None:
     """As Exim does after ten refused envelopes (smtp_accept_max_nonmail)."""
     async with airport() as (played, pool):
-        first, second = sending(pool, b"one\r\n"), sending(pool, b"two\r\n")
-        reader, writer = await played.connections.get()
-        await lands(reader, b"one\r\n")
-        await lands(reader, b"two\r\n", rides=True)
+        first, second, _, writer = await both_flown(played, pool)
         writer.write(b"250 Ok\r\n550 5.1.1 nobody\r\n503 no\r\n554 Too many nonmail commands\r\n")
         writer.close()
         assert words(await first) == ["failed recipient rcpt"]
@@ -228,10 +207,7 @@ async def test_replies_to_riders_do_not_wait_for_delayed_acknowledgements(offers
 
 async def test_what_was_answered_before_the_end_counts() -> None:
     async with airport() as (played, pool):
-        first, second = sending(pool, b"one\r\n"), sending(pool, b"two\r\n")
-        reader, writer = await played.connections.get()
-        await lands(reader, b"one\r\n")
-        await lands(reader, b"two\r\n", rides=True)
+        first, second, _, writer = await both_flown(played, pool)
         writer.write(TAKEN + b"250 flushed\r\n" + TAKEN)
         writer.close()
         assert words(await first) == ["sent message final"]
@@ -319,10 +295,7 @@ async def test_what_the_upstream_does_not_take_stays_on_the_ground() -> None:
 async def test_who_is_cut_off_leaves_the_other_one_his_due(gone: str) -> None:
     """A flight that is cut off may have been taken, and its connection is out of step."""
     async with airport() as (played, pool):
-        first, second = sending(pool, b"one\r\n"), sending(pool, b"two\r\n")
-        reader, writer = await played.connections.get()
-        await lands(reader, b"one\r\n")
-        await lands(reader, b"two\r\n", rides=True)
+        first, second, _, writer = await both_flown(played, pool)
         (first if gone == "first" else second).cancel()
         await asyncio.wait([first if gone == "first" else second])
         if gone == "first":

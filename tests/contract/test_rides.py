@@ -32,9 +32,8 @@ def limited(upstream: Upstream, **limits: int) -> Upstream:
 class Station:
     """The other side of one connection at a time, which the test plays."""
 
-    offers = OFFERS
-
-    def __init__(self) -> None:
+    def __init__(self, offers: bytes = OFFERS) -> None:
+        self.offers = offers
         self.connections: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
         self.writers: list[asyncio.StreamWriter] = []
 
@@ -48,8 +47,8 @@ class Station:
 
 
 @asynccontextmanager
-async def station(**limits: int) -> AsyncIterator[tuple[Station, Pool]]:
-    played = Station()
+async def station(*, offers: bytes = OFFERS, **limits: int) -> AsyncIterator[tuple[Station, Pool]]:
+    played = Station(offers)
     async with raw_server(played.serve) as upstream, pool_to(acme=limited(upstream, **limits)) as pool:
         yield played, pool
         for writer in played.writers:  # so that nobody waits for the answer to QUIT
