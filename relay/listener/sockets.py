@@ -5,16 +5,20 @@ systemd has made stays as it is, and is never taken away from the file system.
 """
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from relay.config.listeners import Listener
 from relay.unix import SocketPath
 
 _FIRST_DESCRIPTOR: Final = 3
+# IPv6 is switched off in many containers, and `localhost` has an address of it there all the same.
+_NO_IPV6: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+
 _UNNAMED: Final = "unknown"  # what sd_listen_fds_with_names(3) calls a socket without a name
 
 
@@ -94,19 +98,34 @@ def address_of(listening: socket.socket) -> str:
 
 
 async def _bound(host: str, port: int) -> list[socket.socket]:
-    """A socket for each address of `host`."""
+    """A socket for each address of `host`; without those of IPv6 where this machine has no such, as long as there are others."""
     sockets: list[socket.socket] = []
+    missing: OSError | None = None
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, kind, protocol, _, address in dict.fromkeys(found):
-            made = socket.socket(family, kind, protocol)
-            sockets.append(made)
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:  # 0.0.0.0 may have a listener of its own
-                made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            made.bind(address)
+            try:
+                sockets.append(_bound_to(socket.socket(family, kind, protocol), address))
+            except OSError as error:
+                if family != socket.AF_INET6 or error.errno not in _NO_IPV6:
+                    raise
+                missing = error
+        if missing is not None and not sockets:
+            raise missing
     except OSError as error:
         for made in sockets:
             made.close()
         raise OSError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
     return sockets
+
+
+def _bound_to(made: socket.socket, address: Any) -> socket.socket:
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if made.family == socket.AF_INET6:  # 0.0.0.0 may have a listener of its own
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.bind(address)
+    except OSError:
+        made.close()
+        raise
+    return made

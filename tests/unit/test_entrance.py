@@ -9,6 +9,7 @@ import struct
 from collections.abc import Awaitable, Callable
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,12 +52,17 @@ def listening(family: int, address: object) -> socket.socket:
 # -- addresses ------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_name_is_bound_at_all_its_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def resolving_to(*addresses: tuple[object, ...]) -> Any:
     async def resolved(host: str, port: int, **_: object) -> list[object]:
         kinds = (socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
-        return [(socket.AF_INET, *kinds, ("127.0.0.1", port)), (socket.AF_INET6, *kinds, ("::1", port, 0, 0))] * 2
+        return [(socket.AF_INET6 if ":" in str(address[0]) else socket.AF_INET, *kinds, address) for address in addresses]
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolved, raising=True)
+    return resolved
+
+
+async def test_a_name_is_bound_at_all_its_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = (("127.0.0.1", 0), ("::1", 0, 0, 0)) * 2
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolving_to(*addresses), raising=True)
     async with Front(tmp_path, listener={"bind": "mail.example:0"}) as front:
         monkeypatch.undo()
         first, second = (address.rpartition(":") for address in front.address.split(", "))
@@ -64,6 +70,26 @@ async def test_a_name_is_bound_at_all_its_addresses(tmp_path: Path, monkeypatch:
             async with Client(host.strip("[]"), int(port)) as client:
                 await deliver(client)
     assert [taken.draft.origin.client for taken in front.taken] == ["127.0.0.1", "::1"]
+
+
+async def test_a_name_is_bound_without_its_ipv6_address_where_there_is_no_ipv6(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `localhost` in a container without IPv6, whose /etc/hosts gives it ::1 all the same."""
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolving_to(("2001:db8::1", 0, 0, 0), ("127.0.0.1", 0)), raising=True)
+    async with Front(tmp_path, listener={"bind": "localhost:0"}) as front:
+        monkeypatch.undo()
+        assert front.address.startswith("127.0.0.1:")
+        async with front.client() as client:
+            await deliver(client)
+
+
+@pytest.mark.parametrize("address", [("2001:db8::1", 0, 0, 0), ("192.0.2.1", 0)])
+async def test_an_address_that_is_not_ours_alone_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: Any) -> None:
+    front = Front(tmp_path, listener={"bind": "mail.example:0"})
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolving_to(address), raising=True)
+    with pytest.raises(OSError, match=r"cannot listen on mail\.example port 0: Cannot assign requested address"):
+        await front.door.open()
+    monkeypatch.undo()
+    await front.close()
 
 
 async def test_a_name_without_an_address_is_an_error_that_says_so(tmp_path: Path) -> None:
