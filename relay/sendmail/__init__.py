@@ -56,8 +56,7 @@ def _keep_standard_streams() -> None:
 
 
 def _complain(name: str, text: str, code: int = EX_OK) -> int:
-    if sys.stderr is not None:  # a daemon may have closed it
-        print(f"{name}: {text}", file=sys.stderr)
+    _show(f"{name}: {text}", descriptor=2)
     return code
 
 
@@ -98,10 +97,10 @@ def _done(options: Options, answer: str) -> int:
     return EX_OK
 
 
-def _show(text: str) -> None:
+def _show(text: str, *, descriptor: int = 1) -> None:
     """For a person. Whether it can be shown changes nothing about the mail."""
     try:
-        os.write(1, f"{text}\n".encode("utf-8", "replace"))
+        os.write(descriptor, f"{text}\n".encode("utf-8", "replace"))
     except OSError:
         return
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shlex
 import stat
 import subprocess
 import sys
@@ -249,4 +250,13 @@ async def test_a_terminal_that_is_gone_changes_nothing(line: Line) -> None:
     script = f"exec {program} -v -i -f {SENDER} you@example.org >&- 2>&-"
     code, said = await execute("/bin/sh", "-c", script, stdin=LF, RELAY_SMTP=f"{line.host}:{line.port}")
     assert (code, said) == (0, "")
+    await line.arrived()
+
+
+async def test_a_log_that_is_full_changes_nothing(line: Line) -> None:
+    """What is wrong is told on standard error, which a cron job may have sent to a full disk."""
+    program = sendmail_in(line.relay.directory)
+    for arguments, expected in ((["you@@example.org"], 65), (["-N", "sometimes", "you@example.org"], 0)):
+        script = shlex.join([program, "-i", "-f", SENDER, *arguments]) + " 2>/dev/full"
+        assert await execute("/bin/sh", "-c", script, stdin=LF, RELAY_SMTP=f"{line.host}:{line.port}") == (expected, "")
     await line.arrived()
