@@ -20,7 +20,7 @@ from relay.listener.refusals import reason_of
 from relay.mail import dsn
 from relay.mail.address import AddressError, ParameterError, parse_parameters, parse_path
 from relay.mail.envelope import NO_ORIGIN, Origin, Recipient
-from relay.mail.reply import Reply
+from relay.mail.reply import Reply, told
 
 if TYPE_CHECKING:
     from relay.listener.door import Door
@@ -167,7 +167,7 @@ class Dialogue:
         self.expects, self.upgrading = COMMANDS, False
 
     def refuse(self, reply: Reply, sender: str = "", recipients: str = "", *, reason: str = "") -> Reply:
-        """Note a refusal in the journal, count it and hand it on."""
+        """Note a refusal in the journal, count it and hand it on. What cannot be read of a sender or recipient is noted as it came."""
         origin = self._origin
         self._door.count(reason or reason_of(reply))
         self._door.journal.refused(
@@ -230,16 +230,16 @@ class Dialogue:
             parameters = parse_parameters(text) if text else {}
             ret, envid = dsn.message_wishes(parameters) if parameters else ("", "")
         except AddressError as error:
-            return Reply(501, "5.1.7", f"Bad sender address: {error}")
+            return self.refuse(Reply(501, "5.1.7", f"Bad sender address: {error}"), told(argument))
         except (_KeywordMissing, ParameterError):
-            return _SYNTAX
+            return self.refuse(_SYNTAX, told(argument))
         if parameters and (reply := self._check_parameters(parameters)) is not None:
-            return self.refuse(reply, sender or "<>") if reply is _TOO_LARGE else reply
+            return self.refuse(reply, (sender or "<>") if reply is _TOO_LARGE else told(argument))
         if "SIZE" in parameters and (obstacle := self._door.obstacle(int(parameters["SIZE"]))) is not None:
             return self.refuse(obstacle, sender or "<>")
         smtputf8 = "SMTPUTF8" in parameters
         if not smtputf8 and not sender.isascii():
-            return Reply(550, "5.6.7", "A non-ASCII address needs SMTPUTF8")
+            return self.refuse(Reply(550, "5.6.7", "A non-ASCII address needs SMTPUTF8"), sender)
         protocol = self._protocol(smtputf8=smtputf8)
         opened = self._door.intake.begin(self._origin, self._client_name, protocol, sender, smtputf8=smtputf8, ret=ret, envid=envid)
         if isinstance(opened, Reply):
@@ -285,16 +285,16 @@ class Dialogue:
             if text:
                 parameters = parse_parameters(text)
                 if any(keyword not in ("NOTIFY", "ORCPT") and not keyword.startswith("X") for keyword in parameters):
-                    return _UNKNOWN_PARAMETER
+                    return self.refuse(_UNKNOWN_PARAMETER, transaction.sender or "<>", told(argument))
                 notify, orcpt = dsn.recipient_wishes(parameters, smtputf8=transaction.smtputf8)
         except AddressError as error:
-            return Reply(501, "5.1.3", f"Bad recipient address: {error}")
+            return self.refuse(Reply(501, "5.1.3", f"Bad recipient address: {error}"), transaction.sender or "<>", told(argument))
         except (_KeywordMissing, ParameterError):
-            return _SYNTAX
+            return self.refuse(_SYNTAX, transaction.sender or "<>", told(argument))
         if not address:
-            return Reply(501, "5.1.3", "Bad recipient address: it is empty")
+            return self.refuse(Reply(501, "5.1.3", "Bad recipient address: it is empty"), transaction.sender or "<>", "<>")
         if not transaction.smtputf8 and not address.isascii():
-            return Reply(550, "5.6.7", "A non-ASCII address needs SMTPUTF8")
+            return self.refuse(Reply(550, "5.6.7", "A non-ASCII address needs SMTPUTF8"), transaction.sender or "<>", address)
         reply = self._door.intake.add(transaction, Recipient(address, notify, orcpt), limit=self._door.settings.recipients)
         return _RECIPIENT_OK if reply is None else self.refuse(reply, transaction.sender or "<>", address)
 

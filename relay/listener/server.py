@@ -214,8 +214,7 @@ class Session(Connection):
             reply = _TOO_MANY_ERRORS
             replies.append(remembered(reply))
         elif self._commands >= self._door.commands:
-            self._door.count("commands")
-            reply = _TOO_MANY_COMMANDS
+            reply = self._dialogue.refuse(_TOO_MANY_COMMANDS, reason="commands")
             replies.append(remembered(reply))
         if reply.code in (220, 221, 421) or (reply.code >= 500 and reply in CLOSING):
             self._write(b"".join(replies))
@@ -226,7 +225,7 @@ class Session(Connection):
         self._errors += 1
         if self._errors < _ERRORS_LIMIT:
             return False
-        self._door.count("errors")
+        self._dialogue.refuse(_TOO_MANY_ERRORS, reason="errors")
         return True
 
     def _next_reply(self) -> Reply | Later | None:

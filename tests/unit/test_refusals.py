@@ -16,6 +16,7 @@ from relay.mail.reply import Reply
         (Reply(452, "4.3.1", "Insufficient storage, try again later"), "storage"),
         (Reply(550, "5.7.1", "No route for this sender"), "route"),
         (Reply(550, "5.7.1", "not ours to send, app@acme.example"), "route"),
+        (Reply(550, "5.6.7", "A non-ASCII address needs SMTPUTF8"), "address"),
         (Reply(553, "5.7.1", "You may not send as app@acme.example"), "sender"),
         (Reply(451, "4.1.8", "whatever an upstream says"), "other"),
         (Reply(550, "5.1.1", "whatever an upstream says"), "other"),
