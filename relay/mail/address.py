@@ -14,6 +14,7 @@ from ipaddress import AddressValueError, IPv4Address, IPv6Address
 _LOCAL_LIMIT_OCTETS = 128
 _DOMAIN_LIMIT_OCTETS = 255
 _ADDRESS_LIMIT_OCTETS = 254  # a path of 256 without its brackets
+_LABEL_LIMIT_OCTETS = 63
 
 # Patterns of longer addresses, and of those with more dots and plus signs, are not kept: 254 octets may have 35 KB of them.
 _REMEMBERED_LENGTH = 80
@@ -145,6 +146,8 @@ def normalize_domain(text: str) -> str:
     """
     if text.isascii():
         name = text.lower()
+    elif len(text) > _DOMAIN_LIMIT_OCTETS:  # before any of it is mapped: a stranger's 4 KB would take a second
+        raise ValueError("not a domain: it is too long")
     else:
         mapped = unicodedata.normalize("NFC", unicodedata.normalize("NFKC", _FULL_STOPS.sub(".", text)).lower())
         name = ".".join(_a_label(label) for label in mapped.split("."))
@@ -246,6 +249,8 @@ def _naming(text: str, place: int) -> str:
 def _a_label(label: str) -> str:
     if label.isascii():
         return label
+    if len(label) > _LABEL_LIMIT_OCTETS:  # an A-label has at least as many octets; to make it takes Python quadratic time
+        raise ValueError("not a label: it is too long")
     if not all(unicodedata.category(character)[0] in "LMN" or character in f"-{_JOINERS}\u00b7" for character in label):
         raise ValueError(f"not a label: {label!r}")
     return "xn--" + label.encode("punycode").decode("ascii")

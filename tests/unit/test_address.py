@@ -1,5 +1,6 @@
 """Addresses: the grammar, its errors, and how addresses compare."""
 
+import time
 import tracemalloc
 
 import pytest
@@ -174,6 +175,16 @@ def test_a_domain_is_lower_case_a_labels(text: str, expected: str) -> None:
 def test_what_is_no_domain_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not a"):
         normalize_domain(text)
+
+
+@pytest.mark.parametrize("length", [64, 1_350])
+def test_a_domain_that_is_too_long_costs_next_to_nothing(length: int) -> None:
+    """A command has room for 1,350 such characters: to make an A-label of them would take a second, and everybody else waits."""
+    started = time.process_time()
+    for first in range(0x4E00, 0x4E00 + 20):
+        with pytest.raises(ValueError, match="too long"):
+            normalize_domain("".join(map(chr, range(first, first + length))))
+    assert time.process_time() - started < 1  # it takes less than a millisecond
 
 
 def test_addresses_compare_without_case_and_by_a_labels() -> None:
