@@ -124,11 +124,12 @@ def ask(url: str, form: Mapping[str, str], *, trust: ssl.SSLContext, secrets: It
     opener = urllib.request.build_opener(_Https(trust), _NoRedirects())
     request = urllib.request.Request(url, urlencode(form).encode(), {"Accept": "application/json", "User-Agent": "relay"})
     try:
-        with opener.open(request, timeout=_STEP_SECONDS) as response:
-            return _object(_body(response), host)
-    except urllib.error.HTTPError as error:
-        with error:
-            raise _refusal(error, _body(error), host, tuple(secrets)) from None
+        try:
+            with opener.open(request, timeout=_STEP_SECONDS) as response:
+                return _object(_body(response), host)
+        except urllib.error.HTTPError as refusal:
+            with refusal:  # it may break off, too
+                raise _refusal(refusal, _body(refusal), host, tuple(secrets)) from None
     except urllib.error.URLError as error:
         raise _unreachable(error.reason, host) from None
     except OSError as error:

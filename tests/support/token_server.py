@@ -42,7 +42,9 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class Hang:
-    """Say nothing."""
+    """Say nothing, or nothing more than this."""
+
+    said: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +196,8 @@ class TokenServer:
             case Hold(until):
                 await until.wait()
                 return None
-            case Hang():
+            case Hang(said):
+                writer.write(said)
                 await asyncio.Event().wait()
             case Drip():
                 writer.write(b"HTTP/1.1 200 OK\r\nX: ")

@@ -235,6 +235,7 @@ async def test_who_comes_after_a_new_sign_in_does_not_share_the_fate_of_the_one_
         (Answer(200, b'{"access_token": "a\\u0001auth=x"}'), Failure.NONSENSE, "without a usable access_token"),
         (Answer(200, b'{"access_token": "a", "token_type": "mac"}'), Failure.NONSENSE, "another type than Bearer"),
         (Answer(200, b'{"access_token": "a", "token_type": ["Bearer"]}'), Failure.NONSENSE, "another type than Bearer"),
+        (Answer(400, b"no length\r\n", (("Transfer-Encoding", "chunked"),)), Failure.NONSENSE, "does not answer in HTTP"),
         (Flood(), Failure.NONSENSE, "more than 256 KiB"),
         (Close(), Failure.UNREACHABLE, "cannot be reached"),
         (refused("invalid_grant", "Token has been expired or revoked."), Failure.REFUSED, "sign in again with `relay oauth login globex`"),
@@ -275,7 +276,7 @@ async def test_a_name_that_is_not_known_is_said_so(house: House, server: TokenSe
     assert (trouble.failure, "nowhere.invalid cannot be reached: " in str(trouble)) == (Failure.UNREACHABLE, True)
 
 
-@pytest.mark.parametrize("action", [Hang(), Drip()])
+@pytest.mark.parametrize("action", [Hang(), Hang(b"HTTP/1.1 503 X\r\nContent-Length: 9\r\n\r\n"), Drip()], ids=repr)
 async def test_a_server_that_stalls_is_given_up(house: House, server: TokenServer, action: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_request, "_STEP_SECONDS", 0.3)
     monkeypatch.setattr(token_request, "_ANSWER_SECONDS", 1.0)
