@@ -18,6 +18,7 @@ from relay.clock import SystemClock
 from relay.config.upstreams import Upstream
 from relay.mail.outcome import Failure, Meaning, Outcome, Phase, Scope, Status, outcome_of_failure, row_for
 from relay.mail.reply import Reply
+from relay.upstream.case import Case
 from relay.upstream.diagnosis import Diagnosis, diagnose
 from relay.upstream.dial import Names
 from relay.upstream.look import (
@@ -33,7 +34,6 @@ from relay.upstream.look import (
 from relay.upstream.oauth2 import Tokens
 from relay.upstream.opening import CannotOpen, Seen, Witness, open_session
 from relay.upstream.session import Session
-from relay.upstream.symptoms import Case
 from relay.upstream.tls import Contexts, Unusable
 from relay.upstream.token_error import TokenError
 from relay.upstream.token_store import TokenStore

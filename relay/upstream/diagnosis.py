@@ -9,7 +9,8 @@ from typing import Final
 
 from relay.config.upstreams import PORTS, Upstream
 from relay.mail.outcome import Meaning
-from relay.upstream.symptoms import SYMPTOMS, Case, masked
+from relay.upstream.case import Case
+from relay.upstream.symptoms import SYMPTOMS, masked
 
 
 @dataclass(frozen=True, slots=True)

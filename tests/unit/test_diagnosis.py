@@ -7,9 +7,10 @@ import pytest
 from relay.config.upstreams import Upstream
 from relay.mail.outcome import Failure, Meaning, Phase
 from relay.mail.reply import Reply
+from relay.upstream.case import Case
 from relay.upstream.diagnosis import Diagnosis, diagnose
 from relay.upstream.look import Look
-from relay.upstream.symptoms import SYMPTOMS, Case
+from relay.upstream.symptoms import SYMPTOMS
 
 SECRET = "not-to-be-seen-anywhere"
 
