@@ -27,13 +27,14 @@ USUAL_PORTS: Final = (465, 587, 25, 2525)
 
 
 class Certificate(NamedTuple):
-    """What a certificate says. `names`: those it is good for; `issuer`: who signed it."""
+    """What a certificate says. `names`: those it is good for; `issuer`: who signed it. `expired`: when it was read."""
 
     names: tuple[str, ...]
     issuer: str
     since: datetime
     until: datetime
     self_signed: bool
+    expired: bool
 
 
 class Look(NamedTuple):
@@ -60,7 +61,8 @@ def read_certificate(der: bytes) -> Certificate:
     names = names or _common(found.subject)
     issuer = _common(found.issuer) or [printable(found.issuer.rfc4514_string())]
     self_signed = found.issuer == found.subject
-    return Certificate(tuple(names), issuer[0], found.not_valid_before_utc, found.not_valid_after_utc, self_signed)
+    since, until = found.not_valid_before_utc, found.not_valid_after_utc
+    return Certificate(tuple(names), issuer[0], since, until, self_signed, expired=until < datetime.now(UTC))
 
 
 def _common(name: x509.Name) -> list[str]:

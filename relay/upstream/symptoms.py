@@ -25,6 +25,10 @@ def _in_clear(case: Case) -> bool:
     return case.upstream.security == "none"
 
 
+def _good_itself(case: Case) -> bool:
+    return case.look.certificate is not None and not case.look.certificate.expired
+
+
 def _other_port(case: Case) -> bool:
     return bool(case.look.ports)
 
@@ -114,10 +118,26 @@ SYMPTOMS: Final[tuple[Row, ...]] = (
         "Say `security: tls` for port {port}, or `port: 587` with `security: starttls`.",
         _STARTING, _NO_REPLY, when=lambda case: case.upstream.security != "tls" and case.look.tls != "",
     ),
+    Row(
+        "tls-failed", "{where} answers in something else than TLS ({text}).",
+        "Look at `host` and `port`: 465 is usual for `security: tls`, and 587 for `security: starttls`.",
+        (Phase.TLS,), says=("wrong_version_number", "record_layer_failure"),
+    ),
     # -- certificates -------------------------------------------------------------------------------------------------------
     Row(
         "own-files", "{text}.", "`ca_file`, `client_certificate` and `client_key` must be PEM files that the relay may read.",
         (Phase.TLS,), (Failure.UNTRUSTED,), when=lambda case: not case.connected,
+    ),
+    Row(
+        "client-certificate", "{where} refuses our client certificate: {text}.",
+        "Look at `client_certificate`: until when it is good, whether it is for clients (clientAuth), and whether its issuer is trusted "
+        "there.",
+        says=("our client certificate",), when=lambda case: case.upstream.client_certificate is not None,
+    ),
+    Row(
+        "certificate-expired", "{where} shows a good certificate, but one above it, of {issuer} or whoever vouches for that, has expired.",
+        "The server's owner must put the renewed one in its place; where `ca_file` is set, it may be the one in there.",
+        (Phase.TLS,), (Failure.UNTRUSTED,), says=("has expired",), when=_good_itself,
     ),
     Row(
         "certificate-expired", "The certificate of {where} has expired{until}.",
@@ -141,6 +161,11 @@ SYMPTOMS: Final[tuple[Row, ...]] = (
         when=lambda case: case.look.certificate is None or case.look.certificate.self_signed,
     ),
     Row(
+        "certificate-unfit", "The certificate of {where}, or one above it, is not fit for a server ({text}).",
+        "Its owner must have it made anew: for servers (serverAuth), with an RSA key of 2048 bits or more, signed with SHA-256 by a CA.",
+        (Phase.TLS,), (Failure.UNTRUSTED,), says=("too weak", "purpose", "invalid ca "),
+    ),
+    Row(
         "certificate-unknown-ca", "The certificate of {where} comes from {issuer}, whom nobody here vouches for ({text}).",
         "Name that authority's certificate in `ca_file`; with one named already, it is the wrong one. An old machine may need newer "
         "ca-certificates, and a server that sends its certificate without the intermediate one is its owner's to mend.",
@@ -152,9 +177,19 @@ SYMPTOMS: Final[tuple[Row, ...]] = (
         when=lambda case: case.look.tls != "",
     ),
     Row(
+        "tls-version", "{where} speaks {tls} only with ciphers or keys that this machine no longer takes.",
+        "Its owner must bring it up to date.", (Phase.TLS,), (Failure.UNTRUSTED,), says=("alert_handshake_failure", "dh_key_too_small"),
+        when=lambda case: case.look.tls not in ("", "TLSv1.3"),
+    ),
+    Row(
         "client-certificate", "{where} wants to see a certificate of ours.", "Name it in `client_certificate` and `client_key`.",
         says=("certificate_required", "certificate required", "bad_certificate", "unknown_ca", "alert_handshake_failure"),
         when=lambda case: case.upstream.security != "none",
+    ),
+    Row(
+        "closed", "{where} closes the connection instead of beginning TLS.",
+        "It may let in known addresses alone (we come from {here}), speak no TLS on port {port}, or be overloaded.",
+        (Phase.TLS,), (Failure.CLOSED,),
     ),
     Row(
         "tls-failed", "TLS with {where} fails ({text}).",

@@ -1,6 +1,8 @@
 """The diagnosis of a failure: the table by itself, without a server."""
 
 import itertools
+from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -9,9 +11,12 @@ from relay.mail.outcome import Failure, Meaning, Phase
 from relay.mail.reply import Reply
 from relay.upstream.case import Case
 from relay.upstream.diagnosis import Diagnosis, diagnose
-from relay.upstream.look import Look
+from relay.upstream.look import Certificate, Look
 from relay.upstream.symptoms import SYMPTOMS
 
+OURS_EXPIRED = "it says that our client certificate has expired (SSLV3_ALERT_CERTIFICATE_EXPIRED)"
+OURS_UNKNOWN = "it does not trust who issued our client certificate (TLSV1_ALERT_UNKNOWN_CA)"
+NOTHING_IN_COMMON = "it found nothing in common with us, or wants a client certificate (SSLV3_ALERT_HANDSHAKE_FAILURE)"
 SECRET = "not-to-be-seen-anywhere"
 
 
@@ -19,6 +24,21 @@ def case_of(phase: Phase, *, code: int = 0, text: str = "", look: Look | None = 
     keys = {"host": "smtp.acme.example", "username": "app", "password": SECRET, **facts.pop("keys", {})}  # type: ignore[dict-item]
     case = Case(Upstream.model_validate(keys), "smtp.acme.example", "192.0.2.7", phase, Reply(code, "", text), here="10.0.0.5")
     return case._replace(look=look or case.look, **facts)  # type: ignore[arg-type]
+
+
+def certificate(*, expired: bool = False) -> Certificate:
+    since, until = datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 2, 1, tzinfo=UTC)
+    return Certificate(("smtp.acme.example",), "The CA", since, until, self_signed=False, expired=expired)
+
+
+def untrusted(text: str, look: Look | None = None) -> Case:
+    """A failed handshake, in the words of `upstream.opening`."""
+    text = f"TLS with smtp.acme.example:587 failed: {text}"
+    return case_of(Phase.TLS, failure=Failure.UNTRUSTED, connected=True, text=text, look=look)
+
+
+def with_our_certificate(case: Case) -> Case:
+    return case._replace(upstream=case.upstream.model_copy(update={"client_certificate": Path("ours.pem")}))
 
 
 def diagnosed(case: Case) -> Diagnosis:
@@ -70,6 +90,20 @@ def test_the_last_row_takes_what_no_other_does() -> None:
             case_of(Phase.TLS, failure=Failure.UNTRUSTED, connected=True, text="UNSUPPORTED_PROTOCOL", look=Look(tls="TLSv1")),
             "tls-version", "TLSv1 at most",
         ),
+        (untrusted("certificate has expired", Look(certificate=certificate(expired=True))), "certificate-expired", "on 2026-02-01"),
+        (untrusted("certificate has expired", Look(certificate=certificate())), "certificate-expired", "one above it, of The CA"),
+        (untrusted("EE certificate key too weak"), "certificate-unfit", "2048 bits"),
+        (untrusted("CA signature digest algorithm too weak"), "certificate-unfit", "SHA-256"),
+        (untrusted("unsuitable certificate purpose"), "certificate-unfit", "serverAuth"),
+        (untrusted("invalid CA certificate"), "certificate-unfit", "by a CA"),
+        (untrusted("unable to get local issuer certificate"), "certificate-unknown-ca", "ca_file"),
+        (with_our_certificate(untrusted(OURS_EXPIRED)), "client-certificate", "refuses our client certificate"),
+        (with_our_certificate(untrusted(OURS_UNKNOWN)), "client-certificate", "whether its issuer is trusted"),
+        (untrusted(NOTHING_IN_COMMON), "client-certificate", "wants to see"),
+        (untrusted(NOTHING_IN_COMMON, Look(tls="TLSv1.2")), "tls-version", "ciphers"),
+        (untrusted("DH_KEY_TOO_SMALL", Look(tls="TLSv1.2")), "tls-version", "up to date"),
+        (untrusted("WRONG_VERSION_NUMBER"), "tls-failed", "something else than TLS"),
+        (case_of(Phase.TLS, failure=Failure.CLOSED, connected=True, text="ConnectionResetError"), "closed", "instead of beginning TLS"),
         (case_of(Phase.AUTH, code=535, meaning=Meaning.CREDENTIAL), "wrong-password", "app"),
         (case_of(Phase.AUTH, code=534, meaning=Meaning.APP_PASSWORD), "app-password", "app password"),
         (case_of(Phase.AUTH, code=535, meaning=Meaning.AUTH_DISABLED), "auth-disabled", "SMTP AUTH"),
