@@ -29,6 +29,10 @@ def _good_itself(case: Case) -> bool:
     return case.look.certificate is not None and not case.look.certificate.expired
 
 
+def _without_sign_in(case: Case) -> bool:
+    return case.upstream.oauth2 is not None and case.upstream.oauth2.grant != "refresh_token"
+
+
 def _other_port(case: Case) -> bool:
     return bool(case.look.ports)
 
@@ -41,6 +45,15 @@ _NO_REPLY: Final = (Failure.TIMEOUT, Failure.CLOSED, Failure.NONSENSE)
 
 SYMPTOMS: Final[tuple[Row, ...]] = (
     # -- the access token, before anything is connected to ------------------------------------------------------------------
+    Row(
+        "token-store", "There is {text}.",
+        "Run this as the user that the relay runs as, or as root; else look at the room and the permissions in the spool's directory.",
+        (Phase.AUTH,), says=("no place for the refresh token",),
+    ),
+    Row(
+        "token", "There is no access token to log in with: {text}.", "Correct what this names in `oauth2`, or there.",
+        (Phase.AUTH,), (Failure.REFUSED,), when=_without_sign_in,
+    ),
     Row(
         "token", "There is no access token to log in with: {text}.",
         "Run `relay oauth login {name}` to sign in and consent again, unless this names what to change in `oauth2`.",
@@ -289,6 +302,11 @@ SYMPTOMS: Final[tuple[Row, ...]] = (
         "auth-disabled", "Logins of this kind are switched off for the account or the whole organisation ({reply}).",
         "An administrator must allow SMTP AUTH for {username}, or use `oauth2` where passwords are no longer taken.",
         meanings=(Meaning.AUTH_DISABLED,),
+    ),
+    Row(
+        "token", "The access token is refused: it may not send mail as {username}, or is of another scope or tenant ({reply}).",
+        "Let the application or the service account send as {username} there (docs/oauth.md has the steps), and look at `oauth2`.",
+        meanings=(Meaning.TOKEN,), when=_without_sign_in,
     ),
     Row(
         "token", "The access token is refused: it has expired, lacks consent for sending mail, or is for another account ({reply}).",

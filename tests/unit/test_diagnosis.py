@@ -1,6 +1,7 @@
 """The diagnosis of a failure: the table by itself, without a server."""
 
 import itertools
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from relay.upstream.symptoms import SYMPTOMS
 OURS_EXPIRED = "it says that our client certificate has expired (SSLV3_ALERT_CERTIFICATE_EXPIRED)"
 OURS_UNKNOWN = "it does not trust who issued our client certificate (TLSV1_ALERT_UNKNOWN_CA)"
 NOTHING_IN_COMMON = "it found nothing in common with us, or wants a client certificate (SSLV3_ALERT_HANDSHAKE_FAILURE)"
+CLIENT = {"provider": "microsoft", "tenant": "globex.example", "client_id": "7e1f0c52", "client_secret": "unseen"}
+BY_ITSELF = {"password": None, "oauth2": {**CLIENT, "client_credentials": True}}
+NO_PLACE = "no place for the refresh token: /var/lib/relay/oauth/acme: Permission denied"
 SECRET = "not-to-be-seen-anywhere"
 
 
@@ -108,6 +112,9 @@ def test_the_last_row_takes_what_no_other_does() -> None:
         (case_of(Phase.AUTH, code=534, meaning=Meaning.APP_PASSWORD), "app-password", "app password"),
         (case_of(Phase.AUTH, code=535, meaning=Meaning.AUTH_DISABLED), "auth-disabled", "SMTP AUTH"),
         (case_of(Phase.AUTH, code=535, meaning=Meaning.TOKEN), "token", "relay oauth login acme"),
+        (case_of(Phase.AUTH, code=535, meaning=Meaning.TOKEN, connected=True, keys=BY_ITSELF), "token", "docs/oauth.md"),
+        (case_of(Phase.AUTH, failure=Failure.REFUSED, text="invalid_client", keys=BY_ITSELF), "token", "Correct what this names"),
+        (case_of(Phase.AUTH, failure=Failure.UNREACHABLE, text=NO_PLACE), "token-store", "the user that the relay runs as"),
         (case_of(Phase.AUTH, failure=Failure.LACKING, keys={"security": "none"}), "login-needs-tls", "starttls"),
         (case_of(Phase.AUTH, failure=Failure.LACKING), "no-login-offered", "auth: none"),
         (case_of(Phase.AUTH, failure=Failure.LACKING, extensions={"auth": "XOAUTH2"}), "mechanism", "XOAUTH2"),
@@ -130,6 +137,18 @@ def test_a_failure_is_told_with_its_cause_and_what_to_do(case: Case, cause: str,
     found = diagnosed(case)
     assert found.cause == cause
     assert words in f"{found.what} {found.fix}"
+
+
+def test_nobody_is_sent_to_a_sign_in_that_the_command_refuses() -> None:
+    for failure, meaning in ((Failure.REFUSED, Meaning.OTHER), (None, Meaning.TOKEN)):
+        case = case_of(Phase.AUTH, failure=failure, meaning=meaning, connected=failure is None, keys=BY_ITSELF)
+        assert "oauth login" not in f"{diagnosed(case)}"
+
+
+def test_the_words_for_scripts_are_those_of_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs/testing-upstreams.md").read_text()
+    table = page.partition("| where | causes |")[2].partition("\n\n")[0]
+    assert {row.cause for row in SYMPTOMS} == set(re.findall("`([a-z-]+)`", table))
 
 
 def test_what_the_provider_says_of_its_own_is_added() -> None:
