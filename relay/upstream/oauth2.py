@@ -61,7 +61,7 @@ class Asker:
         self._provider = upstream.provider
         self._store = store
         self._clock = clock
-        self._unsaved: Chain | None = None
+        self._unsaved: tuple[str, Chain] | None = None  # and which sign-in was stored then
         self.seen = ""
 
     def server(self, oauth2: OAuth2) -> TokenServer:
@@ -111,16 +111,15 @@ class Asker:
 
     def _chain(self, oauth2: OAuth2, server: TokenServer, slot: Slot) -> tuple[Chain, str]:
         """The refresh token to use, and a warning. Raises TokenError and OSError."""
+        stored, warning = self._stored(slot)
         if self._unsaved is not None:  # what was not stored then is not used before it is stored now
-            slot.save(self._unsaved)
+            signed, unsaved = self._unsaved
+            if stored is None or stored.signed == signed:  # else somebody has signed in since
+                slot.save(unsaved)
+                stored = unsaved
             self._unsaved = None
         configured = oauth2.refresh_token.reveal() if oauth2.refresh_token is not None else ""
         client = client_of(oauth2, server)
-        stored, warning = None, ""
-        try:
-            stored = slot.load()
-        except Unreadable as error:
-            warning = f"the stored refresh token cannot be read: {error}"
         self.seen = stored.signed if stored is not None else ""
         if stored is not None and stored.client == client and configured in ("", stored.began):
             return stored, warning
@@ -131,12 +130,19 @@ class Asker:
         text = f"{warning or 'there is no refresh token'}; sign in with `relay oauth login {self._name}`"
         raise TokenError(Failure.REFUSED, text, sign_in=True)
 
+    def _stored(self, slot: Slot) -> tuple[Chain | None, str]:
+        """What is stored, and a warning where it cannot be read. Raises OSError."""
+        try:
+            return slot.load(), ""
+        except Unreadable as error:
+            return None, f"the stored refresh token cannot be read: {error}"
+
     def _keep(self, slot: Slot, chain: Chain) -> str:
         """Store a rotated token; what to say where that fails: the access token is good all the same."""
         try:
             slot.save(chain)
         except OSError as error:
-            self._unsaved = chain
+            self._unsaved = self.seen, chain
             return f"its new refresh token cannot be stored, and is lost when the relay ends: {error.strerror or error}"
         return ""
 

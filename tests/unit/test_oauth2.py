@@ -30,7 +30,7 @@ from relay.upstream import token_request
 from relay.upstream.oauth2 import Found, Tokens
 from relay.upstream.pool import Pool
 from relay.upstream.token_error import TokenError
-from relay.upstream.token_store import Chain, StoreError, TokenStore, Unreadable
+from relay.upstream.token_store import Chain, Slot, StoreError, TokenStore, Unreadable
 from relay.upstream.token_threads import TokenThreads
 from relay.upstream.xoauth2 import initial_response
 from tests.support.certificates import Authority
@@ -465,14 +465,14 @@ async def test_the_server_is_not_asked_when_there_is_no_room_for_its_answer(hous
     assert server.asked == []
 
 
+def full(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
 async def test_a_new_token_that_cannot_be_stored_is_loud_and_not_used_before_it_is(
     house: House, server: TokenServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.rotates = True
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     with house.store.slot("globex") as slot:
         slot.prepare()  # there is a key
     with monkeypatch.context() as patch:
@@ -485,6 +485,25 @@ async def test_a_new_token_that_cannot_be_stored_is_loud_and_not_used_before_it_
     house.clock.advance(6)
     await house.tokens.get()
     assert [asked["refresh_token"] for asked in server.asked] == [FIRST, "refresh-token-unseen-1"]
+
+
+async def test_a_new_token_that_could_not_be_stored_takes_no_sign_in_away(
+    house: House, server: TokenServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.rotates = True
+    await house.tokens.get()
+    house.clock.advance(3600)
+    with monkeypatch.context() as patch:
+        patch.setattr(Slot, "save", full)
+        await house.tokens.get()
+    with house.store.slot("globex") as slot:
+        chain = slot.load()
+        assert chain is not None
+        slot.save(chain._replace(refresh_token="signed-in-unseen", signed="by the operator"))
+    server.refresh_tokens = {"signed-in-unseen"}
+    house.clock.advance(3600)
+    await house.tokens.get()
+    assert server.asked[-1]["refresh_token"] == "signed-in-unseen"
 
 
 @pytest.mark.parametrize("key", [None, "configured"])
