@@ -28,7 +28,10 @@ def sign_in(oauth2: OAuth2, server: TokenServer) -> dict[str, Any]:
     assert server.device_url is not None, "the command has looked"
     trust = ssl.create_default_context()
     client = {"client_id": oauth2.client_id or ""}
-    begun = ask(server.device_url, client | ({"scope": server.scope} if server.scope else {}), trust=trust)
+    if oauth2.client_secret is not None:  # a client that has one proves itself here, too (RFC 8628 section 3.1)
+        client["client_secret"] = oauth2.client_secret.reveal()
+    scope = {"scope": server.scope} if server.scope else {}
+    begun = ask(server.device_url, client | scope, trust=trust, secrets=(client.get("client_secret", ""),))
     code, user_code = begun.get("device_code"), begun.get("user_code")
     where = begun.get("verification_uri", begun.get("verification_url"))
     if not all(isinstance(value, str) and value for value in (code, user_code, where)):
@@ -37,8 +40,6 @@ def sign_in(oauth2: OAuth2, server: TokenServer) -> dict[str, Any]:
     print(f"\n    Open    {printable(str(where))}\n    and enter  {printable(str(user_code))}\n")
     print(f"Waiting for you to do so; the code is good for {good / 60:.0f} minutes …", flush=True)
     form = client | {"grant_type": _GRANT, "device_code": str(code)}
-    if oauth2.client_secret is not None:
-        form["client_secret"] = oauth2.client_secret.reveal()
     return _poll(server.token_url, form, trust, interval=max(_LEAST_SECONDS, _seconds(begun.get("interval"), _INTERVAL_SECONDS)), good=good)
 
 

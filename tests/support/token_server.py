@@ -264,8 +264,8 @@ class TokenServer:
         return Answer(200, json.dumps(answer).encode())
 
     def _device(self, form: dict[str, str]) -> Answer:
-        if form.get("client_id") != CLIENT:
-            return refused("invalid_client", status=401)
+        if (form.get("client_id"), form.get("client_secret")) != (CLIENT, CLIENT_SECRET):  # RFC 8628 section 3.1
+            return refused("invalid_client", f"bad secret {form.get('client_secret')}", status=401)
         code, user_code = f"device-{next(self._numbers)}", "WDJB-MJHT"
         self.devices[code] = _Device(user_code)
         said = {"device_code": code, "user_code": user_code, "verification_uri": self.url("enter"), "expires_in": 900}
