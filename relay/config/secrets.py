@@ -160,9 +160,13 @@ def resolve(
 
 
 def _checked(ask: Callable[[], str], source: str, check: Callable[[str], object] | None) -> str:
-    value = ask()
+    value, name = ask(), "the secret" if source == "the file" else f"the secret from {source}"
     if not value:
-        raise SecretError("the secret is empty" if source == "the file" else f"the secret from {source} is empty")
+        raise SecretError(f"{name} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # the environment may hold any octets
+        raise SecretError(f"{name} is not UTF-8 text") from None
     if check is not None:
         check(value)
     return value

@@ -52,6 +52,7 @@ def test_a_secret_comes_from_its_source(source: Any, value: str, vault: Path) ->
         ("", "the secret is empty"),
         ({"env": "MISSING"}, "the environment variable MISSING is not set"),
         ({"env": "EMPTY"}, "the secret from env EMPTY is empty"),
+        ({"env": "LATIN_1"}, "the secret from env LATIN_1 is not UTF-8 text"),
         ({"env": ""}, "must name one thing"),
         ({"env": ["A"]}, "must name one thing"),
         ({"file": "missing"}, "No such file or directory"),
@@ -80,7 +81,7 @@ def test_a_secret_comes_from_its_source(source: Any, value: str, vault: Path) ->
     ],
 )
 def test_a_secret_that_cannot_be_had_says_why_and_not_what(source: Any, reason: str, vault: Path) -> None:
-    environ = {"PASSWORD": VALUE, "EMPTY": "", "CREDENTIALS_DIRECTORY": str(vault)}
+    environ = {"PASSWORD": VALUE, "EMPTY": "", "LATIN_1": "p\udce4ss", "CREDENTIALS_DIRECTORY": str(vault)}
     with pytest.raises(SecretError) as caught:
         resolve(source, environ, base=vault)
     assert reason in str(caught.value)
