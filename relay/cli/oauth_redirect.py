@@ -109,9 +109,9 @@ def _visited(listening: socket.socket, state: str) -> str | None:
 
 
 def _target(visitor: socket.socket) -> str:
-    """What a browser asks for. Raises OSError."""
+    """What a browser asks for. All of its header is read: what is left unread when we close resets the connection. Raises OSError."""
     deadline, request = time.monotonic() + _REQUEST_SECONDS, b""
-    while b"\n" not in request and len(request) < _REQUEST_LIMIT_OCTETS:
+    while b"\r\n\r\n" not in request and len(request) < _REQUEST_LIMIT_OCTETS:
         visitor.settimeout(max(deadline - time.monotonic(), 0.001))
         if not (octets := visitor.recv(4096)):
             break
@@ -123,7 +123,8 @@ def _target(visitor: socket.socket) -> str:
 def _show(visitor: socket.socket, status: str, text: str) -> None:
     page = f"<!doctype html><meta charset=utf-8><title>relay</title><p>{text}</p>".encode()
     fields = ("Content-Type: text/html", f"Content-Length: {len(page)}", "Cache-Control: no-store", "Connection: close")
-    visitor.sendall("\r\n".join((f"HTTP/1.1 {status}", *fields, "", "")).encode() + page)
+    with contextlib.suppress(OSError):  # it may be gone, and what it brought is good all the same
+        visitor.sendall("\r\n".join((f"HTTP/1.1 {status}", *fields, "", "")).encode() + page)
 
 
 def _answered(target: str, state: str) -> str | None:

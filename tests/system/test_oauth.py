@@ -246,7 +246,8 @@ async def test_a_device_sign_in_that_does_not_go_smoothly(outcome: str, tmp_path
 async def _get(port: int, target: str) -> str:
     """What a browser would be shown."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+    cookies = "x" * 10_000  # of everything else that is developed on this machine
+    writer.write(f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1\r\nCookie: {cookies}\r\n\r\n".encode())
     answer = (await reader.read()).decode()
     writer.close()
     await writer.wait_closed()
