@@ -10,6 +10,7 @@ from typing import Final
 from relay.config.upstreams import PORTS, Upstream
 from relay.mail.outcome import Meaning
 from relay.upstream.case import Case
+from relay.upstream.look import Certificate
 from relay.upstream.symptoms import SYMPTOMS, masked
 
 
@@ -23,6 +24,7 @@ class Diagnosis:
     help: str = ""
 
 
+_NAMES: Final = 5  # of a certificate
 _HINTS: Final = {465: "`port: 465` with `security: tls`", 587: "`port: 587` with `security: starttls`", 25: "`port: 25`"}
 
 
@@ -47,12 +49,18 @@ def _words(case: Case) -> dict[str, str]:
         "ports": " and ".join(map(str, case.look.ports)), "hint": _hint(case.look.ports),
         "until": f" on {certificate.until:%Y-%m-%d}" if certificate is not None else "",
         "since": f": it begins on {certificate.since:%Y-%m-%d %H:%M} UTC" if certificate is not None else "",
-        "names": ", ".join(certificate.names) or "no name" if certificate is not None else "other names",
+        "names": _names(certificate) if certificate is not None else "other names",
         "issuer": certificate.issuer or "nobody" if certificate is not None else "an authority",
         "tls": case.look.tls, "flag": " -starttls smtp" if upstream.security == "starttls" else "",
         "masked": masked(case), "patience": f"{upstream.timeouts.connect:g} s", "offered": offered or "nothing", "phase": case.phase.name,
         "unless": ", and not `auth: none`" if upstream.auth == "none" else "",
     }  # fmt: skip
+
+
+def _names(certificate: Certificate) -> str:
+    """For whom it is; those of shared hosts have hundreds."""
+    more = len(certificate.names) - _NAMES
+    return ", ".join(certificate.names[:_NAMES]) + (f" and {more} more" if more > 0 else "") or "no name"
 
 
 def _source(upstream: Upstream) -> str:

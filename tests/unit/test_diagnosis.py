@@ -30,9 +30,9 @@ def case_of(phase: Phase, *, code: int = 0, text: str = "", look: Look | None = 
     return case._replace(look=look or case.look, **facts)  # type: ignore[arg-type]
 
 
-def certificate(*, expired: bool = False) -> Certificate:
+def certificate(*names: str, expired: bool = False) -> Certificate:
     since, until = datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 2, 1, tzinfo=UTC)
-    return Certificate(("smtp.acme.example",), "The CA", since, until, self_signed=False, expired=expired)
+    return Certificate(names or ("smtp.acme.example",), "The CA", since, until, self_signed=False, expired=expired)
 
 
 def untrusted(text: str, look: Look | None = None) -> Case:
@@ -96,6 +96,8 @@ def test_the_last_row_takes_what_no_other_does() -> None:
         ),
         (untrusted("certificate has expired", Look(certificate=certificate(expired=True))), "certificate-expired", "on 2026-02-01"),
         (untrusted("certificate has expired", Look(certificate=certificate())), "certificate-expired", "one above it, of The CA"),
+        (untrusted("Hostname mismatch", Look(certificate=certificate("a.example"))), "certificate-name", "is for a.example, not for smtp"),
+        (untrusted("Hostname mismatch", Look(certificate=certificate(*"abcdefg"))), "certificate-name", "is for a, b, c, d, e and 2 more"),
         (untrusted("EE certificate key too weak"), "certificate-unfit", "2048 bits"),
         (untrusted("CA signature digest algorithm too weak"), "certificate-unfit", "SHA-256"),
         (untrusted("unsuitable certificate purpose"), "certificate-unfit", "serverAuth"),
