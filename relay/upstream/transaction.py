@@ -102,6 +102,9 @@ class Transaction:
         self._refusals: dict[int, Outcome] = {}  # of recipients who were refused one by one, by their place
         self._fate: Outcome | None = None  # of all the others; once it is known, nothing is left to be decided
         self._phase = _MAIL
+        self._reused = False  # the session has carried others before
+        self._mail_at = 0  # among the commands and their replies: 1 behind RSET
+        self._replies: list[Lines] = []
         self._sent_ahead: list[str] = []
         self.flown = False  # all of it is sent ahead
         self.botched = False
@@ -113,13 +116,15 @@ class Transaction:
         if (lacking := self._lacking()) is not None:
             self.dirty = reset  # whoever comes next still has to
             return [lacking] * len(self._message.recipients)
+        self._reused = reused
         if self._sent_ahead:
             self._wire.come_up()
-            reset = self._resets_ahead
+        else:
+            self._mail_at = int(reset)
         try:
             if self._fits_one_flight:
-                await self._fly(reused=reused, reset=reset)
-            elif await self._envelope(reused=reused, reset=reset):
+                await self._fly()
+            elif await self._envelope():
                 await self._content()
         except Broken as broken:
             self._fill(outcome_of_failure(self._phase, broken.failure, f"{broken} ({_MOMENT[self._phase]})"))
@@ -132,16 +137,11 @@ class Transaction:
         """Send the commands while another transaction waits for the reply to its content, and with them the content where it is one
         flight; `run` when it has it."""
         if self._lacking() is None:
-            flies = self._fits_one_flight
-            commands = self._commands(reset=self._resets_ahead)
+            self._mail_at = int(self._offer.chunking)  # the one before may be a flight whose envelope is refused, and would stay open
+            flies, commands = self._fits_one_flight, self._commands()
             with suppress(Broken):  # the other one will be told
                 self._wire.write_ahead("".join(commands).encode(), *([self._message.octets] if flies else []), replies=len(commands))
                 self._sent_ahead, self.flown = commands, flies
-
-    @property
-    def _resets_ahead(self) -> bool:
-        """Whether, sent ahead, it begins with RSET: the one before may be a flight whose envelope is refused, and would stay open."""
-        return self._offer.chunking
 
     def _outcomes(self) -> list[Outcome]:
         """One for each recipient, and whether the upstream also took what he wishes to be reported."""
@@ -175,11 +175,9 @@ class Transaction:
         message = self._message
         return message.rest is None and message.size <= _ONE_FLIGHT_BYTES and len(message.recipients) == 1
 
-    async def _fly(self, *, reused: bool, reset: bool) -> None:
+    async def _fly(self) -> None:
         """MAIL, RCPT, BDAT and the content in one flight (RFC 3030 section 4.2): in doubt from here to the reply that decides."""
-        timeouts = self._timeouts
-        commands = self._sent_ahead or self._commands(reset=reset)
-        replies: list[Lines] = []
+        commands, replies, timeouts = self._sent_ahead or self._commands(), self._replies, self._timeouts
         try:
             if not self._sent_ahead:
                 self._wire.write("".join(commands).encode(), self._message.octets)
@@ -189,77 +187,77 @@ class Transaction:
             while (wanted := len(commands) - len(replies)) > 0:
                 replies += await self._wire.replies(wanted, timeout_seconds=timeouts.command, last_timeout_seconds=timeouts.final)
         except Broken as broken:
-            if reused and self._stale(replies, reset=reset):
-                left = broken.failure is Failure.CLOSED and self._said_goodbye(replies, reset=reset)
+            if self._stale():
+                left = broken.failure is Failure.CLOSED and self._said_goodbye()
                 raise Stale(in_doubt=self._phase is _FINAL and not left) from None
-            self._judge(replies[int(reset) :][:2])
+            self._judge()
             raise
-        if reused and self._stale(replies, reset=reset):
+        if self._stale():
             # What refuses RSET has not read this flight from its beginning, and what says 421 to MAIL may read on.
-            self.botched = reset and not replies[0][-1].startswith(b"2")
+            self.botched = bool(self._mail_at) and not replies[0][-1].startswith(b"2")
             raise Stale(in_doubt=self.botched or replies[-1][-1].startswith(b"2"))
-        *before, last = replies[int(reset) :]
-        self._judge(before)
-        self._phase = _FINAL
-        reply = parse_reply(last)
+        self._judge()
+        reply = parse_reply(replies[-1])
         self.dirty = self._fate is not None or not reply.positive
         if reply.positive and self._fate is not None:
             self.botched = True  # taken in an envelope that it had refused: it is not at the place where we are
         self._fill(outcome_of_reply(_FINAL, reply, own=self._own))
         self._note(reply)
 
-    def _said_goodbye(self, replies: list[Lines], *, reset: bool) -> bool:
+    def _said_goodbye(self) -> bool:
         """Whether the upstream's last word tells why it has closed the connection, and so has read no further: 421 (RFC 5321 section 3.8),
         also where that was for the transaction before, or to RSET what Exim says to somebody who has talked too much."""
         word = self._wire.last_word[:3]
-        return word == b"421" or (word in (b"521", b"554") and reset and len(replies) == 1)
+        return word == b"421" or (word in (b"521", b"554") and len(self._replies) == self._mail_at == 1)
 
     # -- MAIL, RCPT, DATA -------------------------------------------------------------------------------------------------
 
-    async def _envelope(self, *, reused: bool, reset: bool) -> bool:
+    async def _envelope(self) -> bool:
         """Whether the upstream waits for the content."""
-        commands = self._sent_ahead or self._commands(reset=reset)
-        replies: list[Lines] = []
+        commands, replies = self._sent_ahead or self._commands(), self._replies
         try:
             if not self._offer.pipelining:
-                await self._converse(commands, replies, reset=reset)
+                await self._converse(commands)
             else:
                 if not self._sent_ahead:
                     self._wire.write("".join(commands).encode())
                 while len(replies) < len(commands):
                     replies += await self._wire.replies(len(commands) - len(replies), timeout_seconds=self._timeouts.command)
         except Broken:
-            self._phase = self._phase_of(len(replies), len(commands), reset=reset)
-            if reused and self._stale(replies, reset=reset):
+            self._phase = _MAIL if len(replies) <= self._mail_at else _RCPT if len(replies) < len(commands) - 1 else _DATA
+            if self._stale():
                 raise Stale(in_doubt=False) from None
-            self._judge(replies[1:] if reset else replies)
+            self._judge()
             raise
-        if reused and self._stale(replies, reset=reset):
+        if self._stale():
             raise Stale(in_doubt=False)
-        self._judge(replies[1:] if reset else replies)
-        return self._go_ahead(replies, len(commands))
+        self._judge()
+        return self._go_ahead(len(commands))
 
-    def _commands(self, *, reset: bool) -> list[str]:
+    def _commands(self) -> list[str]:
         message = self._message
         content = f"BDAT {len(message.octets)} LAST\r\n" if self._fits_one_flight else "DATA\r\n"
         commands = [self._mail(), *map(self._rcpt, message.recipients), content]
-        return ["RSET\r\n", *commands] if reset else commands
+        return ["RSET\r\n", *commands] if self._mail_at else commands
 
-    def _stale(self, replies: list[Lines], *, reset: bool) -> bool:
-        """Whether the session was over before this MAIL: it has no reply, or a 421 that is no request to slow down."""
-        if reset and not (replies and replies[0][-1].startswith(b"2")):
+    def _stale(self) -> bool:
+        """Whether the session, a reused one, was over before this MAIL: it has no reply, or a 421 that is no request to slow down."""
+        if not self._reused:
+            return False
+        replies, place = self._replies, self._mail_at
+        mail = replies[place : place + 1]
+        if not mail or (place and not replies[0][-1].startswith(b"2")):
             return True
-        mail = replies[1:2] if reset else replies[:1]
-        return not mail or (mail[0][-1].startswith(b"421") and not outcome_of_reply(_MAIL, parse_reply(mail[0]), own=self._own).throttled)
+        return mail[0][-1].startswith(b"421") and not outcome_of_reply(_MAIL, parse_reply(mail[0]), own=self._own).throttled
 
-    async def _converse(self, commands: list[str], replies: list[Lines], *, reset: bool) -> None:
+    async def _converse(self, commands: list[str]) -> None:
         """One by one, and DATA only when somebody was taken."""
         for number, command in enumerate(commands):
-            if command == "DATA\r\n" and not self._taken(replies, reset=reset):
+            if command == "DATA\r\n" and not self._taken():
                 return
             self._wire.write(command.encode())
-            replies += await self._wire.replies(1, timeout_seconds=self._timeouts.command)
-            if number <= int(reset) and not replies[-1][-1].startswith(b"2"):
+            self._replies += await self._wire.replies(1, timeout_seconds=self._timeouts.command)
+            if number <= self._mail_at and not self._replies[-1][-1].startswith(b"2"):
                 return
 
     def _mail(self) -> str:
@@ -279,15 +277,15 @@ class Transaction:
             parameters = _parameter("NOTIFY", recipient.notify) + _parameter("ORCPT", recipient.orcpt)
         return f"RCPT TO:<{recipient.address}>{parameters}\r\n"
 
-    def _taken(self, replies: list[Lines], *, reset: bool) -> bool:
+    def _taken(self) -> bool:
         """Whether MAIL and at least one RCPT were answered with 2xx."""
-        codes = [lines[-1][:1] for lines in replies[int(reset) :]]
+        codes = [lines[-1][:1] for lines in self._replies[self._mail_at :]]
         return codes[:1] == [b"2"] and b"2" in codes[1:]
 
-    def _judge(self, replies: list[Lines]) -> None:
+    def _judge(self) -> None:
         """Give every recipient that MAIL's or its own reply speaks against its outcome."""
-        recipients = len(self._message.recipients)
-        for number, lines in enumerate(replies[: 1 + recipients]):
+        recipients, place = len(self._message.recipients), self._mail_at
+        for number, lines in enumerate(self._replies[place : place + 1 + recipients]):
             if len(lines) == 1 and lines[0][:4] in (b"250 ", b"250"):
                 continue
             phase = _RCPT if number else _MAIL
@@ -309,15 +307,16 @@ class Transaction:
                     self._fate = outcome  # nobody is left
             self._note(reply)
 
-    def _go_ahead(self, replies: list[Lines], wanted: int) -> bool:
+    def _go_ahead(self, wanted: int) -> bool:
         """What the reply to DATA means, if there is one."""
         refused = self.dirty = self._fate is not None
-        if len(replies) < wanted:  # never asked for
+        if len(self._replies) < wanted:  # never asked for
             return False
         self._phase = _DATA
-        if not refused and len(replies[-1]) == 1 and replies[-1][0][:4] == b"354 ":
+        last = self._replies[-1]
+        if not refused and len(last) == 1 and last[0][:4] == b"354 ":
             return True
-        data = parse_reply(replies[-1])
+        data = parse_reply(last)
         self.botched |= data.positive  # which is no go-ahead; and yet it may wait for content, and would take commands for that
         if refused:
             self._note(data)
@@ -328,11 +327,6 @@ class Transaction:
             self._note(data)
             return False
         return True
-
-    def _phase_of(self, number: int, commands: int, *, reset: bool) -> Phase:
-        if number <= int(reset):
-            return _MAIL
-        return _DATA if number == commands - 1 else _RCPT
 
     # -- content ----------------------------------------------------------------------------------------------------------
 
