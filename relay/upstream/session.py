@@ -45,9 +45,8 @@ class Session:
         self._offer = offer
         self._own = upstream.replies
         self._dirty = False
-        self._botched = False
+        self._botched = False  # out of step, for good
         self._closing = False  # the upstream has said that it closes the connection
-        self._abandoned = False  # the rider has gone, and his commands are on their way, whoever ends later
         self._turn: asyncio.Future[None] | None = None  # of the rider: done when the transaction before his has ended
         self.busy = False
         self.rider = False
@@ -70,16 +69,20 @@ class Session:
         if message.smtputf8 and not self._offer.smtputf8 and message.sender.isascii():
             return await self._send_to_ascii(message)
         transaction = ahead or self._transaction(message)
-        self._botched = self.busy = True  # until proven otherwise: a cancelled transaction leaves the session out of step
+        self.busy = True
         try:
             outcomes = await transaction.run(reused=self.messages > 0, reset=self._dirty)
-            self._botched, self._dirty = transaction.botched or self._abandoned, transaction.dirty
+            self._dirty = transaction.dirty
             self.messages += 1
         except Stale:
-            self._botched, self._closing = transaction.botched or self._abandoned, True
+            self._closing = True
+            raise
+        except BaseException:  # cut off in the middle
+            self._botched = True
             raise
         finally:
             self.busy = False
+            self._botched |= transaction.botched
             self._closing |= transaction.closing
             if self.rides is not None:
                 self.rides.land(self)
@@ -91,19 +94,18 @@ class Session:
         """As `send`, behind the message whose content is handed over, or after it. Raises Stale when that was this session's last one: in
         doubt where all of this one was on its way, and the connection is out of step."""
         ahead = None
-        if self.busy:
-            self._turn = asyncio.get_running_loop().create_future()
-            try:
+        try:
+            if self.busy:
+                self._turn = asyncio.get_running_loop().create_future()
                 if not message.smtputf8:  # what this upstream may lack
                     ahead = self._transaction(message)
                     ahead.send_ahead()
                 await self._turn
-            except BaseException:
-                self._abandoned = self._botched = True
-                raise
-            finally:
-                self.rider, self._turn = False, None
-        self.rider = False
+        except BaseException:  # what was sent ahead is on its way, whoever ends later
+            self._botched = True
+            raise
+        finally:
+            self.rider, self._turn = False, None
         flown = ahead is not None and ahead.flown
         if self._botched or not (flown or self.usable):  # what was answered before the end is still to be read
             raise Stale(in_doubt=flown)
