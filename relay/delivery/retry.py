@@ -33,7 +33,6 @@ class Plan(NamedTuple):
     next: Next | None
     failed: Sequence[tuple[Recipient, Outcome]]
     fallback: str = ""
-    throttled: bool = False
 
 
 def delay_seconds(retry: Retry, attempts: int) -> float:
@@ -77,7 +76,7 @@ def plan(
         when = max(when, min(_reopens(closed.get(here, now), now=now, jitter=jitter), now + jitter * retry.max))
     when = min(when, claim.created + retry.expire, *(_reopens(closed[name], now=now, jitter=jitter) for name in movable))
     counted = not (throttled or waits_here)
-    return Plan(decided, Next(max(now, when), Lane(upstream, claim.lane.route), counted=counted), failed, throttled=throttled)
+    return Plan(decided, Next(max(now, when), Lane(upstream, claim.lane.route), counted=counted), failed)
 
 
 def give_up(claim: Claim, outcome: Outcome) -> Plan:
