@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Final, NamedTuple
 
 from relay.clock import Clock
-from relay.upstream.tls import Note
+from relay.upstream.watch import Note
 
 _DAY_SECONDS: Final = 86400.0
 

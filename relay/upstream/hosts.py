@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from relay.clock import Clock
-from relay.upstream.tls import Note
+from relay.upstream.watch import Note
 
 #: So long a host stands behind the others. Postfix keeps dead destinations in mind as long (minimal_backoff_time).
 _BEHIND_SECONDS: Final = 300.0

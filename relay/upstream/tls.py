@@ -12,24 +12,21 @@ State: the contexts in use and what their files looked like, and the certificate
 import asyncio
 import os
 import ssl
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from relay.clock import Clock
 from relay.config.machine import pair_fault
 from relay.config.upstreams import Upstream
-from relay.upstream.watch import Readers
+from relay.upstream.watch import Note, Readers
 
 #: So often, at most, the files are looked at: when a session is opened.
 LOOK_SECONDS = 10.0
 
 #: A new context is waited for so long where there is one to go on with: a file system may hang.
 _PATIENCE_SECONDS = 1.0
-
-Note = Callable[[Literal["info", "warning"], str], None]
 
 #: So many certificates of others are remembered; one with a few hundred names takes 30 kB.
 _CERTIFICATES_LIMIT = 200
