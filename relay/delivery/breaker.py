@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from relay.clock import Clock
 from relay.config.model import Retry
-from relay.mail.outcome import Outcome, Phase, Scope, Status
+from relay.mail.outcome import TRANSACTION, Outcome, Phase, Scope, Status
 from relay.mail.reply import Reply
 from relay.observe.journal import Journal
 from relay.observe.metrics import Metrics
@@ -39,8 +39,6 @@ class _Kind(NamedTuple):
 _WAY: Final = _Kind("connection", 3, 30.0, 900.0)
 # Providers lock an account after some ten wrong passwords (Active Directory's usual threshold), so the first refusal is enough.
 _LOGIN: Final = _Kind("credential", 1, 900.0, 21_600.0)
-
-_TRANSACTION: Final = (Phase.MAIL, Phase.RCPT, Phase.DATA, Phase.CONTENT, Phase.FINAL)
 
 #: Who tries when no message does.
 PROBE: Final = MessageId("a probe")
@@ -141,7 +139,7 @@ class Breakers:
             return False
         if trouble.trying == PROBE:
             trouble.trying = None
-        if any(circuit.failures and circuit.phase in _TRANSACTION for circuit in (trouble.way, trouble.login)):
+        if any(circuit.failures and circuit.phase in TRANSACTION for circuit in (trouble.way, trouble.login)):
             return False
         return self._close(upstream, trouble)
 
@@ -188,7 +186,7 @@ class Breakers:
     def _fail(self, upstream: str, circuit: _Circuit, id: MessageId, outcome: Outcome, *, tried: bool) -> None:
         if circuit.open_seconds and not tried:
             return  # it had begun before the circuit opened
-        if outcome.phase in _TRANSACTION and circuit.last == id:
+        if outcome.phase in TRANSACTION and circuit.last == id:
             return  # a message that breaks every session speaks of itself; if it was the one to try, the next one does
         circuit.last = id
         if not circuit.failures:

@@ -11,7 +11,7 @@ from math import inf
 from relay.clock import Clock
 from relay.delivery.attempt import Result
 from relay.delivery.pace import Pace, Paces
-from relay.mail.outcome import Outcome, Phase, Status
+from relay.mail.outcome import TRANSACTION, Outcome, Status
 from relay.spool.base import Claim, Lane
 
 #: Claims that wait in memory for a slot of their upstream, for each of its slots: read in one commit, not one by one.
@@ -21,9 +21,6 @@ _WINDOW_PER_SLOT = 3
 _SPOOLED_PER_SLOT = 10
 
 _MINUTE_SECONDS = 60.0
-
-#: An attempt that ends here has begun none: it was not tried, or no session could be opened.
-_NO_TRANSACTION = (Phase.RESOLVE, Phase.CONNECT, Phase.TLS, Phase.GREETING, Phase.EHLO, Phase.STARTTLS, Phase.AUTH)
 
 
 @dataclass(slots=True)
@@ -106,7 +103,8 @@ def account(slots: Slots, claim: Claim, result: Result, throttled: Sequence[Outc
     if (pace := slots.pace) is None:
         return result
     resumes = clock.now() + pace.pause() if throttled else 0.0
-    if result.moved is not None or all(outcome.phase in _NO_TRANSACTION for outcome in result.outcomes.values()):
+    if result.moved is not None or not any(outcome.phase in TRANSACTION for outcome in result.outcomes.values()):
+        # It was not tried, or no session could be opened.
         pace.charge(-1, -recipients)
         return result._replace(resumes=resumes)
     pace.charge(result.transactions - 1)

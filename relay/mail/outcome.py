@@ -122,12 +122,12 @@ class Row:
 _SETUP = (Phase.RESOLVE, Phase.CONNECT, Phase.TLS, Phase.GREETING, Phase.EHLO, Phase.STARTTLS)
 _COMMANDS = (Phase.MAIL, Phase.RCPT, Phase.DATA)
 _BEFORE_FINAL = (*_SETUP, Phase.AUTH, *_COMMANDS, Phase.CONTENT)
-_TRANSACTION = (*_COMMANDS, Phase.CONTENT, Phase.FINAL)
+TRANSACTION = (*_COMMANDS, Phase.CONTENT, Phase.FINAL)
 _GREETED = (Phase.GREETING, Phase.EHLO, Phase.STARTTLS)  # before them nobody speaks
-_ANY = (*_GREETED, Phase.AUTH, *_TRANSACTION)
+_ANY = (*_GREETED, Phase.AUTH, *TRANSACTION)
 _LOGIN = (Phase.AUTH, Phase.MAIL)  # what is said later may be about words in the message
-_LOGGED = (Phase.AUTH, *_TRANSACTION)
-_NOT_AUTH = (*_GREETED, *_TRANSACTION)
+_LOGGED = (Phase.AUTH, *TRANSACTION)
+_NOT_AUTH = (*_GREETED, *TRANSACTION)
 _NOT_MAIL = (Phase.RCPT, Phase.DATA, Phase.FINAL)
 _NOT_RCPT = (Phase.MAIL, Phase.DATA, Phase.FINAL)
 
@@ -210,13 +210,13 @@ TABLE: tuple[Row, ...] = (
     Row(_NOT_AUTH, ("5xx", "", "used up"), _DEFERRED, _UPSTREAM, "a quota is used up", throttled=True, meaning=_QUOTA),
     Row(_NOT_AUTH, ("5xx", "", "slow down"), _DEFERRED, _UPSTREAM, "throttled", throttled=True, meaning=_THROTTLED),
     # RFC 3463 section 3.5: the mail system is congested, which never is for good. Large providers say it of a used up quota.
-    Row(_TRANSACTION, ("5xx", "5.4.5", ""), _DEFERRED, _UPSTREAM, "a quota is used up", throttled=True, meaning=_QUOTA),
+    Row(TRANSACTION, ("5xx", "5.4.5", ""), _DEFERRED, _UPSTREAM, "a quota is used up", throttled=True, meaning=_QUOTA),
     # Without SPF, DKIM and DMARC "the sender must authenticate" by others' rules: a login of ours is not what is missing.
-    Row(_TRANSACTION, ("4xx", "", "not proven"), _DEFERRED, _MESSAGE, "this sender is not proven"),
-    Row(_TRANSACTION, ("5xx", "", "not proven"), _FAILED, _UPSTREAM, "this sender is not proven", fallback=True, meaning=_SENDER),
+    Row(TRANSACTION, ("4xx", "", "not proven"), _DEFERRED, _MESSAGE, "this sender is not proven"),
+    Row(TRANSACTION, ("5xx", "", "not proven"), _FAILED, _UPSTREAM, "this sender is not proven", fallback=True, meaning=_SENDER),
     # -- the credential is at fault -----------------------------------------------------------------------------------------
-    Row(_TRANSACTION, ("4xx", "", "no relaying"), _DEFERRED, _CREDENTIAL, "not allowed to relay", fallback=True, meaning=_RELAYING),
-    Row(_TRANSACTION, ("5xx", "", "no relaying"), _DEFERRED, _CREDENTIAL, "not allowed to relay", fallback=True, meaning=_RELAYING),
+    Row(TRANSACTION, ("4xx", "", "no relaying"), _DEFERRED, _CREDENTIAL, "not allowed to relay", fallback=True, meaning=_RELAYING),
+    Row(TRANSACTION, ("5xx", "", "no relaying"), _DEFERRED, _CREDENTIAL, "not allowed to relay", fallback=True, meaning=_RELAYING),
     Row(
         _NOT_RCPT, ("5xx", "", "account blocked"), _DEFERRED, _CREDENTIAL, "the account is blocked", fallback=True, meaning=Meaning.ACCOUNT
     ),
@@ -245,14 +245,14 @@ TABLE: tuple[Row, ...] = (
     Row((Phase.MAIL,), ("5xx", "5.7.x", ""), _FAILED, _UPSTREAM, "this sender is not permitted", fallback=True, meaning=_SENDER),
     Row((Phase.MAIL,), ("553", "", ""), _FAILED, _UPSTREAM, "this sender is not permitted", fallback=True, meaning=_SENDER),
     Row(_NOT_MAIL, ("5xx", "5.7.60", ""), _FAILED, _UPSTREAM, "may not send as this From", fallback=True, meaning=_SENDER),
-    Row(_TRANSACTION, ("5xx", "", "not this sender"), _FAILED, _UPSTREAM, "this sender is not permitted", fallback=True, meaning=_SENDER),
+    Row(TRANSACTION, ("5xx", "", "not this sender"), _FAILED, _UPSTREAM, "this sender is not permitted", fallback=True, meaning=_SENDER),
     # -- this recipient or this message -----------------------------------------------------------------------------------
     Row((Phase.RCPT,), ("2xx", "", ""), _DEFERRED, _UPSTREAM, "taken, and the transaction went no further"),
     Row((Phase.RCPT,), ("4xx", "", ""), _DEFERRED, _RECIPIENT, "the recipient is deferred"),
     Row((Phase.RCPT,), ("5xx", "", ""), _FAILED, _RECIPIENT, "the recipient is refused"),
     Row((Phase.FINAL,), ("2xx", "", ""), _SENT, _MESSAGE, "taken"),
-    Row(_TRANSACTION, ("4xx", "", ""), _DEFERRED, _MESSAGE, "the message is deferred"),
-    Row(_TRANSACTION, ("5xx", "", ""), _FAILED, _MESSAGE, "the message is refused"),
+    Row(TRANSACTION, ("4xx", "", ""), _DEFERRED, _MESSAGE, "the message is deferred"),
+    Row(TRANSACTION, ("5xx", "", ""), _FAILED, _MESSAGE, "the message is refused"),
     # -- all the rest: a reply that has no business here ------------------------------------------------------------------
     Row(_BEFORE_FINAL, ("xxx", "", ""), _DEFERRED, _UPSTREAM, "an unexpected reply", fallback=True),
     Row((Phase.FINAL,), ("xxx", "", ""), _DEFERRED, _UPSTREAM, "an unexpected reply", in_doubt=True),

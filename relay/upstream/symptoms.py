@@ -8,7 +8,7 @@ Laws: the last row fits every case; no secret is among what a row may name. Pure
 
 from typing import Final
 
-from relay.mail.outcome import Failure, Meaning, Phase
+from relay.mail.outcome import TRANSACTION, Failure, Meaning, Phase
 from relay.upstream.case import Case, Row
 
 
@@ -39,7 +39,7 @@ def _other_port(case: Case) -> bool:
 
 _BEGINNING: Final = (Phase.TLS, Phase.GREETING)
 _STARTING: Final = (Phase.GREETING, Phase.EHLO)
-_SENDING: Final = (Phase.MAIL, Phase.RCPT, Phase.DATA, Phase.CONTENT, Phase.FINAL)
+_SENDING: Final = TRANSACTION
 _MAIL_DATA: Final = (Phase.MAIL, Phase.DATA, Phase.CONTENT, Phase.FINAL)
 _NO_REPLY: Final = (Failure.TIMEOUT, Failure.CLOSED, Failure.NONSENSE)
 
