@@ -25,6 +25,7 @@ class TokenThreads:
     def __init__(self) -> None:
         self._waiting: dict[str, deque[Callable[[], None]]] = {}
         self._running: Counter[str] = Counter()
+        self._retry: asyncio.TimerHandle | None = None
         self._trust: ssl.SSLContext | None = None
         self._lock = threading.Lock()
 
@@ -55,6 +56,10 @@ class TokenThreads:
                 self._trust = ssl.create_default_context()
             return self._trust
 
+    def _try_again(self) -> None:
+        self._retry = None
+        self._next()
+
     def _next(self) -> None:
         """Start what there is room for; a server that has had its turn goes behind the others."""
         for server in list(self._waiting):
@@ -65,7 +70,7 @@ class TokenThreads:
             try:
                 threading.Thread(target=self._waiting[server][0], name="tokens", daemon=True).start()
             except RuntimeError:  # the system has no more of them now
-                asyncio.get_running_loop().call_later(_AGAIN_SECONDS, self._next)
+                self._retry = self._retry or asyncio.get_running_loop().call_later(_AGAIN_SECONDS, self._try_again)
                 return
             self._running[server] += 1
             errands = self._waiting.pop(server)

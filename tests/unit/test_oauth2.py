@@ -329,6 +329,26 @@ async def test_a_system_without_threads_is_asked_again(house: House, server: Tok
     assert (refusals, len(server.asked)) == (0, 1)
 
 
+async def test_a_system_without_threads_is_asked_by_one_timer_however_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, loop = 0, asyncio.get_running_loop()
+
+    def scarce(thread: threading.Thread) -> None:
+        nonlocal asked
+        asked += 1
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("relay.upstream.token_threads._AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(threading.Thread, "start", scarce)
+    threads = TokenThreads()
+    for number in range(10):
+        threads.run(f"server{number}", lambda: None)
+    before = asked
+    turn = loop.create_future()
+    loop.call_later(0.0, turn.set_result, None)
+    await turn
+    assert asked - before == 1
+
+
 async def test_who_comes_soon_after_a_failure_shares_it(house: House, server: TokenServer) -> None:
     server.script(Answer(429, b"", (("Retry-After", "90"),)), times=1)
     for _ in range(5):
