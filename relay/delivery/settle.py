@@ -1,7 +1,8 @@
 """End an attempt: decide what follows, store it with its bounce in one step, and tell the journal.
 
-State: which routes are using a fallback at the moment, and which have just ceased to. Laws: every recipient is accounted for (law 2); a
-bounce is durable in the same step that ends its message; an outcome that cannot be stored is stored later, never forgotten.
+State: which routes use a fallback at the moment, which have just ceased to, and which did for single messages. Laws: every recipient is
+accounted for (law 2); a bounce is durable in the same step that ends its message; an outcome that cannot be stored is stored later, never
+forgotten.
 """
 
 import asyncio

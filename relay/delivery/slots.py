@@ -28,9 +28,9 @@ class Slots:
     """`used` slots are attempting, `promised` ones belong to messages that are being put or claimed, of at most `limit`.
 
     `most`: its connections in good times. `riding`: the upstreams where as many messages again may ride behind those under way.
-    `pace`: None where there is none to keep. `window`: claims that wait for a slot. `ready`: lanes with
-    due mail in the spool, in turn. `looked_at`: when the scheduler looks again by itself (monotonic seconds). The rest is what was
-    begun in the present minute and in the one before.
+    `pace`: None where there is none to keep. `window`: claims that wait for a slot. `ready`: lanes with due mail in the spool, in turn.
+    `looked_at`: when the scheduler looks again by itself (monotonic seconds). The rest is what was begun in the present minute and in
+    the one before.
     """
 
     upstream: str

@@ -1,12 +1,11 @@
 """The open sessions of every upstream, each with that upstream's own credential.
 
-Sessions are shared by nobody but the messages of one upstream: two tenants on the same host never meet (law 6). How many may be used
-at once is the scheduler's business, who may log in is `login`'s; the pool keeps what it is given back and closes what has been idle
-for too long or was opened with a secret that has changed.
+Sessions are shared by nobody but the messages of one upstream: two tenants on the same host never meet (law 6). How many may be open
+at once, and whose turn it is, is the business of `rides`, who may log in is `login`'s; the pool keeps what it is given back and closes
+what has been idle for too long or was opened with a secret that has changed.
 
-State: the idle sessions by upstream name, newest last; who waits for one of those in use; how long they may be idle and how many
-recipients a message may have, where an upstream has taught it; and the sessions that have been let go and whose connection is not
-closed yet.
+State: the idle sessions by upstream name, newest last; how long they may be idle and how many recipients a message may have, where an
+upstream has taught it; and the sessions that have been let go and whose connection is not closed yet.
 """
 
 import asyncio
