@@ -99,40 +99,46 @@ async def open_session(
         start_tls=False,
         tls_context=context,
     )
-    here = str(connection.getsockname()[0])
-    _tell(witness, Phase.CONNECT, client, here)
     try:
-        greeting = await _connect(client, host, upstream)
-        _tell(witness, Phase.GREETING, client, here, said=greeting)
-        await _greet(client, host, upstream)
-        _tell(witness, Phase.EHLO, client, here)
-        if upstream.security == "starttls":
-            await _start_tls(client, host, upstream, context)
-            _tell(witness, Phase.STARTTLS, client, here)
-        mechanism = await _authenticate(client, host, upstream)
-        if mechanism:
-            _tell(witness, Phase.AUTH, client, here, mechanism=mechanism)
-        transport = client.transport
-        if transport is None or transport.is_closing():  # it left between its last reply and now
-            _fail(Phase.EHLO, Failure.CLOSED, f"{host}:{upstream.port} closed the connection before the first message")
+        transport = await _pass_phases(client, host, upstream, context, partial(_tell, witness, client, str(connection.getsockname()[0])))
     except BaseException as error:
         if isinstance(error, CannotOpen) and error.of_this_host:
             names.failed(address)
-        transport = client.transport
+        opened = client.transport
         client.close()
-        if transport is not None:
+        if opened is not None:
             # Closing waits half a minute for a server that does not answer the end of TLS, as Exim with GnuTLS does not.
-            cast(asyncio.Transport, transport).abort()
+            cast(asyncio.Transport, opened).abort()
         raise
     names.answered(address)
     validity = validity_of(transport.get_extra_info("peercert"))  # taken apart with the handshake; a second time costs as much
-    session = Session(Wire(cast(asyncio.Transport, transport)), _offer(client), upstream, validity=validity, limits=_limits(client))
+    session = Session(Wire(transport), _offer(client), upstream, validity=validity, limits=_limits(client))
     client.protocol = client.transport = None  # the library's two objects know each other: what TLS holds would wait for the collector
     return session
 
 
+async def _pass_phases(
+    client: aiosmtplib.SMTP, host: str, upstream: Upstream, context: ssl.SSLContext | None, tell: Callable[..., None]
+) -> asyncio.Transport:
+    """From a connection that was just made to one that may carry mail: one phase after the other, each told. Raises CannotOpen."""
+    tell(Phase.CONNECT)
+    greeting = await _connect(client, host, upstream)
+    tell(Phase.GREETING, said=greeting)
+    await _greet(client, host, upstream)
+    tell(Phase.EHLO)
+    if upstream.security == "starttls":
+        await _start_tls(client, host, upstream, context)
+        tell(Phase.STARTTLS)
+    if mechanism := await _authenticate(client, host, upstream):
+        tell(Phase.AUTH, mechanism=mechanism)
+    transport = client.transport
+    if transport is None or transport.is_closing():  # it left between its last reply and now
+        _fail(Phase.EHLO, Failure.CLOSED, f"{host}:{upstream.port} closed the connection before the first message")
+    return cast(asyncio.Transport, transport)
+
+
 def _tell(
-    witness: Witness | None, phase: Phase, client: aiosmtplib.SMTP, here: str, *, said: str = "", mechanism: str = ""
+    witness: Witness | None, client: aiosmtplib.SMTP, here: str, phase: Phase, *, said: str = "", mechanism: str = ""
 ) -> None:  # fmt: skip
     if witness is not None:
         tls = client.transport.get_extra_info("ssl_object") if client.transport is not None else None
