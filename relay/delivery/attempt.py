@@ -161,13 +161,7 @@ class Attempts:
             if head is None:
                 head, rest = await self._read(claim.content)
         except OSError as error:
-            if error.errno in _PASSING:
-                self._journal.fault("reading a message", error, id=claim.id)
-                reply = Reply(0, "", f"its content cannot be read now: {error.strerror}")
-                outcome = Outcome(Status.DEFERRED, Scope.MESSAGE, Phase.RESOLVE, reply)
-                return Result(dict.fromkeys((r.address for r in envelope.recipients), outcome))
-            held = f"its content cannot be read: {error.strerror}"  # without end: a person must see it, and may find the file again
-            return Result(untried(claim), Next(math.inf, claim.lane, counted=False, held=held))
+            return self._unreadable(claim, error)
         original = header.block_of(head)
         before = claim.prefix + original
         block = rewrite_header(before, rules)
@@ -198,6 +192,16 @@ class Attempts:
             return Result(outcomes, header_block=original, transactions=transactions)
         (outcomes[envelope.recipients[0].address],) = await self._pool.send(name, message)
         return Result(outcomes, header_block=original)
+
+    def _unreadable(self, claim: Claim, error: OSError) -> Result:
+        """Later, where the machine lacks something; else held without end: a person must see it, and may find the file again."""
+        if error.errno not in _PASSING:
+            held = f"its content cannot be read: {error.strerror}"
+            return Result(untried(claim), Next(math.inf, claim.lane, counted=False, held=held))
+        self._journal.fault("reading a message", error, id=claim.id)
+        reply = Reply(0, "", f"its content cannot be read now: {error.strerror}")
+        outcome = Outcome(Status.DEFERRED, Scope.MESSAGE, Phase.RESOLVE, reply)
+        return Result(dict.fromkeys((r.address for r in claim.envelope.recipients), outcome))
 
     def _report_rules(self, claim: Claim, route: Route) -> Rewrite | None:
         """What changes on the way out of a report of ours: it gets a fallback's From, or one that the credential may use."""
