@@ -93,20 +93,15 @@ class Attempts:
                 if moved is not None:
                     return Result(untried(claim), moved)
             assert route is not None, "a lane's route exists, or the message was moved"
-            if (
-                route.verified_only
-                and self._verified is not None
-                and claim.lane.upstream == route.upstream
-                and (objection := self._verified.objection(claim.lane.upstream)) is not None
-            ):
-                return Result(dict.fromkeys((r.address for r in claim.envelope.recipients), objection), tried=False)
-            if (closed := self._breakers.admit(claim.lane.upstream, claim.id)) is not None:
-                outcomes = dict.fromkeys((r.address for r in claim.envelope.recipients), closed)
-                return Result(outcomes, tried=False)
+            upstream, closed = claim.lane.upstream, None
+            if route.verified_only and self._verified is not None and upstream == route.upstream:
+                closed = self._verified.objection(upstream)
+            if (closed := closed or self._breakers.admit(upstream, claim.id)) is not None:
+                return Result(for_everybody(claim, closed), tried=False)
             try:
                 result = await self._try(claim, route, outcomes)
             finally:
-                revived = self._breakers.record(claim.lane.upstream, claim.id, outcomes.values())
+                revived = self._breakers.record(upstream, claim.id, outcomes.values())
             return result._replace(revived=True) if revived else result
         except _Unread as error:
             self._journal.fault("reading a message", error, id=claim.id)
@@ -200,8 +195,7 @@ class Attempts:
             return Result(untried(claim), Next(math.inf, claim.lane, counted=False, held=held))
         self._journal.fault("reading a message", error, id=claim.id)
         reply = Reply(0, "", f"its content cannot be read now: {error.strerror}")
-        outcome = Outcome(Status.DEFERRED, Scope.MESSAGE, Phase.RESOLVE, reply)
-        return Result(dict.fromkeys((r.address for r in claim.envelope.recipients), outcome))
+        return Result(for_everybody(claim, Outcome(Status.DEFERRED, Scope.MESSAGE, Phase.RESOLVE, reply)))
 
     def _report_rules(self, claim: Claim, route: Route) -> Rewrite | None:
         """What changes on the way out of a report of ours: it gets a fallback's From, or one that the credential may use."""
@@ -275,10 +269,14 @@ def _is_report(claim: Claim) -> bool:
     return not (claim.prefix or claim.envelope.sender)
 
 
+def for_everybody(claim: Claim, outcome: Outcome) -> dict[str, Outcome]:
+    """One outcome for all recipients."""
+    return dict.fromkeys((r.address for r in claim.envelope.recipients), outcome)
+
+
 def untried(claim: Claim) -> dict[str, Outcome]:
     """Outcomes for a message that goes elsewhere without having been tried."""
-    outcome = outcome_of_failure(Phase.RESOLVE, Failure.UNREACHABLE, "not tried")
-    return dict.fromkeys((r.address for r in claim.envelope.recipients), outcome)
+    return for_everybody(claim, outcome_of_failure(Phase.RESOLVE, Failure.UNREACHABLE, "not tried"))
 
 
 def _speaks_for_all(outcome: Outcome) -> bool:

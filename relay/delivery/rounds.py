@@ -15,7 +15,7 @@ from math import inf
 
 from relay.clock import Clock
 from relay.config.model import Config
-from relay.delivery.attempt import Result, untried
+from relay.delivery.attempt import Result, for_everybody, untried
 from relay.delivery.breaker import Breakers
 from relay.delivery.pace import Pace
 from relay.delivery.settle import Settler
@@ -113,8 +113,7 @@ class Rounds:
         """What becomes of a message by now. Behind an open breaker it fares as if it were tried, with its fallbacks."""
         lane, settler, now = claim.lane, self._settler, self._clock.now()
         if (objection := self._breakers.objection(lane.upstream)) is not None:
-            outcomes = dict.fromkeys((r.address for r in claim.envelope.recipients), objection)
-            return partial(settler.settle, claim, Result(outcomes, tried=False))
+            return partial(settler.settle, claim, Result(for_everybody(claim, objection), tried=False))
         if (pace := self._spent_pace(lane.upstream)) is None:
             return partial(settler.keep, claim, "it may be tried now")
         if (home := settler.home_of(lane)) is not None and not any(r.in_doubt for r in claim.envelope.recipients):

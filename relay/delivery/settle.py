@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 
 from relay.clock import Clock
 from relay.config.model import Config, Retry
-from relay.delivery.attempt import Result
+from relay.delivery.attempt import Result, for_everybody
 from relay.delivery.breaker import Breakers
 from relay.delivery.report import Report, Reporter
 from relay.delivery.retry import Plan, give_up, plan
@@ -113,7 +113,7 @@ class Settler:
         """Leave a message that was not tried where it waits, and tell its sender of the delay, once that is due. As `settle`."""
         outcome = Outcome(Status.DEFERRED, Scope.MESSAGE, Phase.RESOLVE, Reply(0, "", waited_for))
         then = Next(claim.created, claim.lane, counted=False)  # nothing that came later is tried before it
-        kept = Plan(dict.fromkeys((r.address for r in claim.envelope.recipients), outcome), then, ())
+        kept = Plan(for_everybody(claim, outcome), then, ())
         report = await self._report(claim, kept)
         if not await self._store(Settlement(report.claim, kept.outcomes, then, report.draft, tried=False)):
             return []
