@@ -1,9 +1,10 @@
 """What the configuration asks the machine: its name, where a service keeps its state, whether a file holds certificates.
 
-Everything is asked when a value is read, so that a wrong one is a finding with a place in the file.
+Everything is asked when a value is read, so that a wrong one is a finding with a place in the file; what a file looks like, later, too.
 """
 
 import functools
+import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,6 +52,16 @@ def key_file(path: Path) -> Path:
     if b"PRIVATE KEY-----" not in _content(path):
         raise ValueError(f"{path} holds no PEM private key (no BEGIN … PRIVATE KEY line)")
     return path
+
+
+def stamp_of(path: str | Path) -> tuple[int, ...]:
+    """What tells one content of a file from another, however it was renewed; of one that cannot be found, why."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        return (error.errno or 0,)
+    # The time of the inode's change, too: a key that could not be read and was given the right mode has no other.
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _content(path: Path) -> bytes:

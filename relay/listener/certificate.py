@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from relay.config.listeners import Listener
-from relay.config.machine import pair_fault
+from relay.config.machine import pair_fault, stamp_of
 from relay.observe.journal import Journal
 
 #: So often the files are looked at.
@@ -28,7 +28,7 @@ _VERSIONS: Final = {
 # Versions before 1.2 sign with SHA-1, which OpenSSL does at no higher level.
 _OLD_CIPHERS: Final = "DEFAULT:@SECLEVEL=0"
 
-_Stamp = tuple[tuple[int, ...] | None, ...]
+_Stamp = tuple[tuple[int, ...], ...]
 
 
 class Pair(NamedTuple):
@@ -150,16 +150,7 @@ def _look(pair: Pair, minimum: str, known: _Stamp) -> Look | None:
 
 
 def _stamp(pair: Pair) -> _Stamp:
-    return tuple(_stat(path) for path in pair if path is not None)
-
-
-def _stat(path: Path) -> tuple[int, ...] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    # The time of the inode's change, too: a key that could not be read and was given the right mode has no other.
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return tuple(stamp_of(path) for path in pair if path is not None)
 
 
 def _context(pair: Pair, minimum: str) -> ssl.SSLContext:

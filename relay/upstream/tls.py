@@ -10,7 +10,6 @@ State: the contexts in use and what their files looked like, and the certificate
 """
 
 import asyncio
-import os
 import ssl
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from relay.clock import Clock
-from relay.config.machine import pair_fault
+from relay.config.machine import pair_fault, stamp_of
 from relay.config.upstreams import Upstream
 from relay.upstream.watch import Note, Readers
 
@@ -31,7 +30,7 @@ _PATIENCE_SECONDS = 1.0
 #: So many certificates of others are remembered; one with a few hundred names takes 30 kB.
 _CERTIFICATES_LIMIT = 200
 
-_Stamp = tuple[tuple[int, ...] | None, ...]
+_Stamp = tuple[tuple[int, ...], ...]
 
 
 class _Remembering(ssl.SSLObject):
@@ -152,16 +151,7 @@ def _look(trust: Trust, known: _Stamp) -> _Look | None:
 def _stamp(trust: Trust) -> _Stamp:
     """What the files look like. Without a CA file it is the system's, which a long-lived process should not have for ever."""
     system = ssl.get_default_verify_paths().cafile if trust.ca_file is None and trust.verify else None
-    return (0,), *(_stat(path) for path in (trust.ca_file, trust.certificate, trust.key, system) if path is not None)
-
-
-def _stat(path: str | Path) -> tuple[int, ...] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    # The time of the inode's change, too: a key that could not be read and was given the right mode has no other.
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return (0,), *(stamp_of(path) for path in (trust.ca_file, trust.certificate, trust.key, system) if path is not None)
 
 
 def _make(trust: Trust) -> ssl.SSLContext:

@@ -10,7 +10,6 @@ itself: the task waits for it.
 
 import asyncio
 import contextlib
-import os
 import threading
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Final, Literal, NamedTuple, TypeVar, cast
 
+from relay.config.machine import stamp_of
 from relay.config.secrets import Secret, SecretError, Use
 
 #: So often the files are looked at.
@@ -252,7 +252,7 @@ class Watch:
         different: dict[str, _Look] = {}
         began = time.thread_time()
         for path, uses in self._files.items():
-            look = _look(path)
+            look = hash(stamp_of(path))  # of ten thousand files
             if everything or (look != self._known.get(path) and look == self._different.get(path)):
                 self._known[path] = look
                 readings += map(_read, uses)
@@ -261,15 +261,6 @@ class Watch:
         self._different = different
         self._spent = time.thread_time() - began
         return readings
-
-
-def _look(path: str) -> _Look:
-    """What tells one content of a file from another. A file that was given the right mode differs in its time of change alone."""
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        return hash((error.errno,))
-    return hash((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
 
 
 def _read(use: Use) -> _Reading:

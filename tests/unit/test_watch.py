@@ -181,13 +181,13 @@ async def test_what_was_renewed_before_the_first_look_is_found(file: Path) -> No
 
 async def test_a_file_that_many_use_is_looked_at_once(file: Path, sweeps: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[str] = []
-    look = watch_module._look
+    look = watch_module.stamp_of
 
     def counted(path: str) -> Any:
         looks.append(path)
         return look(path)
 
-    monkeypatch.setattr(watch_module, "_look", counted)
+    monkeypatch.setattr(watch_module, "stamp_of", counted)
     holder = Holder(**{f"tenant{number}": {"file": str(file)} for number in range(50)})
     async with watching(holder):
         await sweeps.some_more()
