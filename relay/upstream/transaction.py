@@ -99,6 +99,7 @@ class Transaction:
         self._message = message
         self._own = own
         self._handed_over = handed_over
+        self._one_flight = offer.chunking and offer.pipelining and _is_small(message)
         self._refusals: dict[int, Outcome] = {}  # of recipients who were refused one by one, by their place
         self._fate: Outcome | None = None  # of all the others; once it is known, nothing is left to be decided
         self._phase = _MAIL
@@ -113,16 +114,16 @@ class Transaction:
 
     async def run(self, *, reused: bool, reset: bool) -> list[Outcome]:
         """One outcome per recipient, in their order. `reset`: begin with RSET. Raises Stale, only when `reused`."""
-        if (lacking := self._lacking()) is not None:
-            self.dirty = reset  # whoever comes next still has to
-            return [lacking] * len(self._message.recipients)
         self._reused = reused
         if self._sent_ahead:
             self._wire.come_up()
+        elif (lacking := self._lacking()) is not None:
+            self.dirty = reset  # whoever comes next still has to
+            return [lacking] * len(self._message.recipients)
         else:
             self._mail_at = int(reset)
         try:
-            if self._fits_one_flight:
+            if self._one_flight:
                 await self._fly()
             elif await self._envelope():
                 await self._content()
@@ -138,7 +139,7 @@ class Transaction:
         flight; `run` when it has it."""
         if self._lacking() is None:
             self._mail_at = int(self._offer.chunking)  # the one before may be a flight whose envelope is refused, and would stay open
-            flies, commands = self._fits_one_flight, self._commands()
+            flies, commands = self._one_flight, self._commands()
             with suppress(Broken):  # the other one will be told
                 self._wire.write_ahead("".join(commands).encode(), *([self._message.octets] if flies else []), replies=len(commands))
                 self._sent_ahead, self.flown = commands, flies
@@ -167,13 +168,6 @@ class Transaction:
         return None
 
     # -- all at once ------------------------------------------------------------------------------------------------------
-
-    @property
-    def _fits_one_flight(self) -> bool:
-        if not (self._offer.chunking and self._offer.pipelining):
-            return False
-        message = self._message
-        return message.rest is None and message.size <= _ONE_FLIGHT_BYTES and len(message.recipients) == 1
 
     async def _fly(self) -> None:
         """MAIL, RCPT, BDAT and the content in one flight (RFC 3030 section 4.2): in doubt from here to the reply that decides."""
@@ -236,7 +230,7 @@ class Transaction:
 
     def _commands(self) -> list[str]:
         message = self._message
-        content = f"BDAT {len(message.octets)} LAST\r\n" if self._fits_one_flight else "DATA\r\n"
+        content = f"BDAT {len(message.octets)} LAST\r\n" if self._one_flight else "DATA\r\n"
         commands = [self._mail(), *map(self._rcpt, message.recipients), content]
         return ["RSET\r\n", *commands] if self._mail_at else commands
 
@@ -369,6 +363,10 @@ _MOMENT = {
     Phase.CONTENT: "sending the content",
     Phase.FINAL: "after the last octet: it may have the message",
 }
+
+
+def _is_small(message: Outgoing) -> bool:
+    return message.rest is None and message.size <= _ONE_FLIGHT_BYTES and len(message.recipients) == 1
 
 
 def without(phase: Phase, extension: str, enhanced: str) -> Outcome:
