@@ -71,6 +71,11 @@ class _Trouble:
     trying: MessageId | None = None
 
     @property
+    def failing(self) -> list[_Circuit]:
+        """What has failed since it last worked; never nothing."""
+        return [circuit for circuit in (self.way, self.login) if circuit.failures]
+
+    @property
     def open(self) -> _Circuit | None:
         """The open circuit that lasts longest."""
         return max((c for c in (self.way, self.login) if c.open_seconds), key=lambda c: c.until, default=None)
@@ -139,7 +144,7 @@ class Breakers:
             return False
         if trouble.trying == PROBE:
             trouble.trying = None
-        if any(circuit.failures and circuit.phase in TRANSACTION for circuit in (trouble.way, trouble.login)):
+        if any(circuit.phase in TRANSACTION for circuit in trouble.failing):
             return False
         return self._close(upstream, trouble)
 
@@ -163,7 +168,7 @@ class Breakers:
     def failing_since(self, upstream: str) -> float | None:
         """When the failures began of which none has been followed by a success (epoch)."""
         trouble = self._troubles.get(upstream)
-        return None if trouble is None else self._epoch(min(c.since for c in (trouble.way, trouble.login) if c.failures))
+        return None if trouble is None else self._epoch(min(circuit.since for circuit in trouble.failing))
 
     def reset(self, upstream: str) -> None:
         """There is reason to think that it works again: the next message may try."""
@@ -177,8 +182,7 @@ class Breakers:
         return [
             Trouble(name, c.kind.name, self._epoch(c.since), c.failures, max(0.0, c.until - now) if c.open_seconds else 0.0, c.reply)
             for name, trouble in self._troubles.items()
-            for c in (trouble.way, trouble.login)
-            if c.failures
+            for c in trouble.failing
         ]
 
     # -- transitions ------------------------------------------------------------------------------------------------------
