@@ -8,7 +8,6 @@ State: what was found so far. Laws: one diagnosis for each failure; neither secr
 
 import asyncio
 import contextlib
-import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -20,7 +19,7 @@ from relay.mail.outcome import Failure, Meaning, Outcome, Phase, Scope, Status, 
 from relay.mail.reply import Reply
 from relay.upstream.case import Case
 from relay.upstream.diagnosis import Diagnosis, diagnose
-from relay.upstream.dial import Names
+from relay.upstream.dial import Names, family_of
 from relay.upstream.look import (
     NOTHING_SEEN,
     Look,
@@ -171,12 +170,10 @@ class Examination:
 
     async def _addresses(self, host: str) -> list[tuple[int, Any]]:
         """Where the host is: each address once. Raises CannotOpen."""
-        upstream, source = self._upstream, self._upstream.source_address
-        family = socket.AF_UNSPEC if not source else socket.AF_INET6 if ":" in source else socket.AF_INET
-        failure = Failure.UNREACHABLE
+        upstream, failure = self._upstream, Failure.UNREACHABLE
         try:
             async with asyncio.timeout(upstream.timeouts.connect):
-                found = await self._names.find(host, upstream.port, family)
+                found = await self._names.find(host, upstream.port, family_of(upstream.source_address))
             if found:
                 return [(family, address) for family, address in {address[0]: (family, address) for family, address in found}.values()]
             text = "it has no address"

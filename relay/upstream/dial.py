@@ -194,7 +194,7 @@ def _no_connection(host: str, port: int, faults: dict[str, str], *, unanswered: 
 
 async def _addresses(names: Names, host: str, port: int, source_address: str | None, timeout_seconds: float) -> _Found:
     """Where the host is. Only what `source_address` can reach."""
-    family = socket.AF_UNSPEC if not source_address else socket.AF_INET6 if ":" in source_address else socket.AF_INET
+    family = family_of(source_address)
     try:
         async with asyncio.timeout(timeout_seconds):
             return await names.find(host, port, family)
@@ -208,6 +208,11 @@ async def _addresses(names: Names, host: str, port: int, source_address: str | N
         raise NoConnection(Phase.RESOLVE, Failure.TIMEOUT, text) from None
     except (ValueError, OSError) as error:  # no name at all to the resolver or to IDNA
         raise NoConnection(Phase.RESOLVE, Failure.UNREACHABLE, f"the name {host} cannot be used: {error}") from None
+
+
+def family_of(source_address: str | None) -> int:
+    """The addresses that can be reached from there."""
+    return socket.AF_UNSPEC if not source_address else socket.AF_INET6 if ":" in source_address else socket.AF_INET
 
 
 def _look_up(host: str, port: int, family: int) -> _Found:
