@@ -53,7 +53,7 @@ class Scheduler:
 
     def __init__(
         self, config: Config, spool: Spool, attempts: Attempts, settler: Settler, journal: Journal, clock: Clock, *, breakers: Breakers,
-        metrics: Metrics | None = None,
+        metrics: Metrics,
     ) -> None:  # fmt: skip
         self._spool = spool
         self._attempts = attempts
@@ -62,7 +62,7 @@ class Scheduler:
         self._journal = journal
         self._clock = clock
         self._upstreams = config.upstreams
-        self._paces = Paces(config, journal, metrics or Metrics(), clock)
+        self._paces = Paces(config, journal, metrics, clock)
         self._slots: dict[str, Slots] = {}  # of upstreams that were given mail
         self._asking: dict[str, Slots] = {}  # the upstreams from whose lanes more can be claimed, as far as is known
         self._resting: list[tuple[float, str]] = []  # heap: when (monotonic) to look at upstreams whose pace allows nothing now

@@ -68,7 +68,7 @@ class House:
         self.breakers = Breakers(config.retry, journal, metrics, self.clock)
         attempts = Attempts(config, router, self.pool, journal, self.clock, breakers=self.breakers)  # type: ignore[arg-type]
         settler = Settler(config, router, self.spool, journal, self.clock, rng=Random(1), breakers=self.breakers, metrics=metrics)
-        self.scheduler = Scheduler(config, self.spool, attempts, settler, journal, self.clock, breakers=self.breakers)
+        self.scheduler = Scheduler(config, self.spool, attempts, settler, journal, self.clock, breakers=self.breakers, metrics=metrics)
         self.service = asyncio.ensure_future(self.scheduler.serve())
 
     def _answer(self, upstream: str, recipients: list[str]) -> list[Outcome]:

@@ -102,7 +102,7 @@ class House:
         attempts = Attempts(config, router, self.upstreams, journal, clock, breakers=self.breakers)  # type: ignore[arg-type]
         settler = Settler(config, router, self.spool, journal, clock, rng=Random(1), breakers=self.breakers, metrics=self.metrics)
         self.settler = settler
-        self.scheduler = Scheduler(config, self.spool, attempts, settler, journal, clock, breakers=self.breakers)
+        self.scheduler = Scheduler(config, self.spool, attempts, settler, journal, clock, breakers=self.breakers, metrics=self.metrics)
         self.service = asyncio.ensure_future(self.scheduler.serve())
 
     async def put(

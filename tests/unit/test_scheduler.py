@@ -125,7 +125,7 @@ class House:
         self.breakers = Breakers(config.retry, journal, metrics, clock)
         settler = Settler(config, Router(config), self.spool, journal, clock, rng=Random(1), breakers=self.breakers, metrics=metrics)
         self.scheduler = Scheduler(
-            config, self.spool, self.attempts, settler, journal, clock, breakers=self.breakers  # type: ignore[arg-type]
+            config, self.spool, self.attempts, settler, journal, clock, breakers=self.breakers, metrics=metrics  # type: ignore[arg-type]
         )  # fmt: skip
 
     def serve(self) -> None:
