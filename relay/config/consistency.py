@@ -186,10 +186,12 @@ def _routes(routes: Any, upstreams: _Names, listeners: _Names, suggestions: Sugg
 def _action(path: KeyPath, route: dict[str, Any]) -> Iterator[Problem]:
     if _OTHER_ACTIONS & route.keys():
         return
-    if "upstream" in route and "reject" in route:
+    given = [key for key in ("upstream", "reject") if key in route]
+    if len(given) == 2:
         yield Problem((*path, "reject"), "a route has either an upstream or reject", at="key")
-    elif "upstream" not in route and "reject" not in route:
-        yield Problem((*path, "upstream"), "a route needs an upstream, or reject with a text", at="missing")
+    elif not given or route[given[0]] is None:
+        at: Any = "key" if given else "missing"
+        yield Problem((*path, *(given or ["upstream"])), "a route needs an upstream, or reject with a text", at=at)
     elif "reject" in route:
         for key in ("fallback", "rewrite", "retry", "wait", "verified_only"):
             if key in route:

@@ -131,8 +131,9 @@ def _examine(path: str | Path, environ: Mapping[str, str], *, thorough: bool) ->
         except ValidationError as error:
             problems += wording.problems(error, document.value)
         if config is not None:
-            problems += lint.improbable(config) if not problems else ()  # a mistyped name alone would give two more
-            problems += [Problem(path, "is empty: write null if that is meant", "warning") for path in document.empty]
+            if not problems:  # a mistyped name alone would give two more, and what is empty one against what is missing
+                problems += lint.improbable(config)
+                problems += [Problem(path, "is empty: write null if that is meant", "warning") for path in document.empty]
             problems += lint.unguarded(config, exposed=readable)
             problems += lint.circular(config)
             problems += encryption.problems(keys, named=config.secrets.key_file is not None)
