@@ -53,13 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in _WITH_FILE:
             add_config(subparsers.choices[name])
     add_unavailable(subparsers, _NOT_YET)
-    options = parser.parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character gets a stand-in
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    options = argparse.Namespace(command="")
     try:
-        code: int = options.run(options)
-        sys.stdout.flush()
+        return _answer(parser, arguments, options)
     except BrokenPipeError:  # the reader of a listing has gone
         _write_no_more()
         return 0
@@ -67,9 +63,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in _OUTPUT_ERRORS or error.filename is not None:
             raise
         _write_no_more()
-        return fail(f"relay {options.command}: the output cannot be written: {error.strerror}", EX_TEMPFAIL)
+        return fail(f"{f'relay {options.command}'.rstrip()}: the output cannot be written: {error.strerror}", EX_TEMPFAIL)
     except KeyboardInterrupt:
         return _EX_INTERRUPTED
+
+
+def _answer(parser: argparse.ArgumentParser, arguments: list[str], options: argparse.Namespace) -> int:
+    """Read the arguments into `options`, run the command, and write out all that was said, by `--help` too."""
+    try:
+        parser.parse_args(arguments, options)
+        for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character gets a stand-in
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        code: int = options.run(options)
+    finally:
+        sys.stdout.flush()
     return code
 
 
