@@ -1,5 +1,5 @@
 """What is allowed and probably not meant: routes never taken, upstreams never used, secrets and mail less guarded than they look. And,
-as an error, what no file can mean: an upstream that is the relay itself.
+as an error, what no file can mean: an upstream that is the relay itself, two listeners in one place.
 
 Every finding is a fact about the configuration alone; none looks at the network. Pure. The search for unreachable routes asks for
 every route which conditions could cover its own, and looks these up: its time grows with the file, not with its square.
@@ -71,6 +71,24 @@ def circular(config: Config) -> Iterator[Problem]:
             if upstream.port == listener.port and any(_reaches(host, listener.host) for host in upstream.host):
                 yield Problem(("upstreams", name, "host"), f"this is the relay itself: mail would go in circles through {listener.bind}")
                 break
+
+
+def colliding(config: Config) -> Iterator[Problem]:
+    """Listeners that would want what an earlier one has: Linux gives a port of all addresses and of one of them to one socket alone."""
+    for place, listener in enumerate(config.listeners):
+        for earlier, other in enumerate(config.listeners[:place]):
+            if listener.port == other.port != 0 and listener.bind != other.bind and _overlap(listener.host, other.host):
+                message = f"{other.bind} of listeners[{earlier}] takes this address and port, too: leave one out, or change a port"
+                yield Problem(("listeners", place, "bind"), message)
+                break
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two hosts to bind to have an address in common; of a name only what can be told without a resolver."""
+    for address, another in zip(_addresses(one), _addresses(other), strict=False):
+        if address.version == another.version and (address == another or address.is_unspecified or another.is_unspecified):
+            return True
+    return False
 
 
 def _reaches(host: str, bound: str) -> bool:

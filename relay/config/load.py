@@ -135,7 +135,7 @@ def _examine(path: str | Path, environ: Mapping[str, str], *, thorough: bool) ->
                 problems += lint.improbable(config)
                 problems += [Problem(path, "is empty: write null if that is meant", "warning") for path in document.empty]
             problems += lint.unguarded(config, exposed=readable)
-            problems += lint.circular(config)
+            problems += (*lint.circular(config), *lint.colliding(config))
             problems += encryption.problems(keys, named=config.secrets.key_file is not None)
             problems += (*certificates.problems(config), *oauth.unready(config)) if thorough else ()
         document.findings += document.located(problems)
