@@ -53,6 +53,7 @@ def improbable(config: Config) -> Iterator[Problem]:
     yield from _unused(config)
     yield from _useless_logins(config)
     yield from _proxied(config)
+    yield from _shut(config)
     yield from _provided(config)
     yield from _too_often(config)
     yield from _never_reached(config)
@@ -163,6 +164,15 @@ def _proxied(config: Config) -> Iterator[Problem]:
         if listener.proxy_protocol and "networks" not in listener.model_fields_set and listener.auth != "required":
             message = "clients behind the proxy are known by their own addresses, and without `networks` only loopback may connect"
             yield Problem(("listeners", place, "proxy_protocol"), message, "warning")
+
+
+def _shut(config: Config) -> Iterator[Problem]:
+    """Listeners that the network reaches, and that then let nobody in from there."""
+    for place, listener in enumerate(config.listeners):
+        by_default = "networks" not in listener.model_fields_set and listener.auth != "required"
+        if by_default and not listener.proxy_protocol and listener.host and not _is_loopback(listener.host):
+            message = "without `networks` only this machine may connect: name those of your apps, or bind to 127.0.0.1"
+            yield Problem(("listeners", place, "bind"), message, "warning")
 
 
 def _open_senders(config: Config) -> Iterator[Problem]:

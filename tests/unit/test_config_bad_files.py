@@ -9,7 +9,15 @@ from relay.config.load import examine
 
 CASES = sorted(path for path in (Path(__file__).parents[1] / "config_bad").iterdir() if path.is_dir())
 ENVIRON = {"ACME_PASSWORD": "s3cret", "EMPTY": "", "LONG_PASSWORD": "x" * 256}
-ONLY_WARNINGS = {"warnings", "provider-hints", "logins-of-nobody", "users-without-auth", "empty-but-allowed", "ports-and-security"}
+ONLY_WARNINGS = {
+    "warnings",
+    "provider-hints",
+    "logins-of-nobody",
+    "users-without-auth",
+    "empty-but-allowed",
+    "ports-and-security",
+    "listeners-without-networks",
+}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
