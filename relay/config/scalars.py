@@ -34,7 +34,7 @@ _FIRST_OF_SURPRISES: Final = frozenset("yYoOnN0123456789+-<")
 #: How a secret begins that was to be a form of one, were it not for the blank that is missing.
 SECRET_FORMS: Final = ("env:", "file:", "credential:", "command:", "encrypted:")
 NOT_FILLED_IN: Final = "variables of the environment are not filled in"
-_VARIABLE = re.compile(r"\$\{\w+\}|\A\$[A-Z_][A-Z0-9_]*\Z")
+_VARIABLE = re.compile(r"\$\{\w+\}|\A\$[A-Z_][A-Z0-9_]*(?:\Z|/)")
 _TYPOGRAPHIC: Final = frozenset("\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb")
 #: With which an unquoted word begins that may be something else than text, or surprise somebody.
 NOT_SURELY_TEXT: Final = _FIRST_OF_SURPRISES | {word[0] for word in (*_NULLS, *_BOOLEANS) if word}
