@@ -52,7 +52,7 @@ def _spool_directory(value: Any, info: ValidationInfo) -> Any:
     if value is None:
         return machine.default_directory((info.context or {}).get("environ", os.environ))
     if isinstance(value, str) and value:
-        return Path(os.path.expanduser(value))
+        return Path(os.path.expanduser(values.parse_text(value)))
     if not isinstance(value, Path):
         raise ValueError("must be the name of a directory")
     return value
@@ -64,8 +64,10 @@ def _control_socket(value: Any, info: ValidationInfo) -> Any:
     if value is None:
         directory = spool.directory if spool is not None else Path()
         path = machine.default_control((info.context or {}).get("environ", os.environ), directory)
+    elif isinstance(value, str) and value.startswith("unix:"):
+        raise ValueError("write the path alone, without unix:")
     elif isinstance(value, Path) or (isinstance(value, str) and value):
-        path = Path(os.path.expanduser(value))
+        path = Path(os.path.expanduser(values.parse_text(str(value))))
     else:
         raise ValueError("must be the path of a socket")
     if (length := len(os.fsencode(path))) > values.SOCKET_PATH_LIMIT:
