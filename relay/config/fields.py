@@ -89,7 +89,7 @@ Name = Annotated[Text, AfterValidator(values.parse_name)]
 Address = Annotated[Text, AfterValidator(values.parse_address)]
 Host = Annotated[Text, AfterValidator(values.parse_host)]
 Domain = Annotated[Text, AfterValidator(values.parse_domain)]
-HeaderName = Annotated[Text, AfterValidator(values.parse_header_name)]
+RemovableHeaderName = Annotated[Text, AfterValidator(values.parse_removable_header_name)]
 HeaderFields = Annotated[
     dict[Annotated[Text, AfterValidator(values.parse_settable_header_name)], Text],
     BeforeValidator(lambda value: {} if value is None else value, json_schema_input_type=dict[str, str] | None),

@@ -26,12 +26,12 @@ from relay.config.fields import (
     Domain,
     Duration,
     HeaderFields,
-    HeaderName,
     Name,
     NonEmpty,
     PathName,
     Positive,
     RecipientCondition,
+    RemovableHeaderName,
     Section,
     Sequence,
     Size,
@@ -139,7 +139,7 @@ class Rewrite(Section):
     envelope_sender: Address | None = Field(default=None, description="never applied to a null sender")
     set_headers: HeaderFields = Field(default_factory=dict, description="replace or add")
     add_headers: HeaderFields = Field(default_factory=dict)
-    remove_headers: Annotated[tuple[HeaderName, ...], null_or_list(str)] = ()
+    remove_headers: Annotated[tuple[RemovableHeaderName, ...], null_or_list(str)] = ()
     subject_prefix: Text | None = None
     bcc: Address | None = Field(default=None, description="one more recipient, once per message")
 

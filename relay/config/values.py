@@ -370,6 +370,13 @@ def parse_header_name(value: str) -> str:
     return value
 
 
+def parse_removable_header_name(value: str) -> str:
+    """The name of a field that a route takes away: it may be written as a pattern elsewhere, and would fit no field here."""
+    if "*" in value:
+        raise ValueError(f"{value!r}: patterns are not possible here; name each field")
+    return parse_header_name(value)
+
+
 def parse_settable_header_name(value: str) -> str:
     """The name of a field that a route may set; some would undo custody or reveal recipients."""
     if parse_header_name(value).lower() in _RESERVED_HEADERS:
