@@ -35,6 +35,7 @@ def problems(tree: dict[str, Any]) -> Iterator[Problem]:
                 yield from oauth.problems(("upstreams", name), upstream)
                 yield from _client_certificate(("upstreams", name), upstream)
     users = tree.get("users", {})
+    yield from _aliases(tree.get("aliases"))
     yield from _listeners(tree.get("listeners"))
     yield from _doors(tree.get("listeners"))
     yield from _line_ends(tree.get("listeners"))
@@ -54,6 +55,14 @@ def _listener_names(tree: dict[str, Any]) -> _Names:
         return None
     found = (_text(item.get("name", item.get("bind", "127.0.0.1:2525"))) for item in listeners)
     return dict.fromkeys(name for name in found if name is not None)
+
+
+def _aliases(aliases: Any) -> Iterator[Problem]:
+    """Names that differ in the case of their letters alone, and so are one: the last would be all that is left."""
+    seen: dict[str, str] = {}
+    for name in aliases if isinstance(aliases, dict) else ():
+        if (first := seen.setdefault(name.lower(), name)) != name:
+            yield Problem(("aliases", name), f"is the same as {first!r}, as case does not matter here", at="key")
 
 
 def _text(value: Any) -> str | None:
