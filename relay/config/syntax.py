@@ -16,6 +16,7 @@ Mark = tuple[int, int]  # line and column, from 0
 LINE_BREAK: Final = re.compile("\r\n|[\r\n\x85\u2028\u2029]")
 _VALUE = re.compile(r"(?:^\s+|[:,\[{]\s+|\[|-\s+)([*@%!&`])")
 _UNSEEN = re.compile("(?:^ *|[:-] *)([\xa0\u2000-\u200b\u202f\u2060\u3000\ufeff])")
+_DASH = re.compile(r"\s*(-)(?=[\w{])")
 _CLOSED = re.compile(r"\{[^{}]*:\s[^{}]*\}$")
 _KEY = re.compile(r":(?:\s|$)")
 _VALUE_LAST = re.compile(r"(?:^|:\s+|-\s+)([\[{\"'|>])")
@@ -67,6 +68,10 @@ def explain(lines: list[str], problem: str, *, place: Mark, context: Mark | None
     for number in range(max(0, place[0] - 1), min(place[0] + 1, len(lines))):
         if unseen := _UNSEEN.search(lines[number]):
             return Fault((number, unseen.start(1)), f"U+{ord(unseen[1]):04X} is no blank, although it may look like one: replace it")
+    if problem in ("mapping values are not allowed in this context", "did not find expected '-' indicator"):
+        for number in (place[0], place[0] - 1) if place[0] else (0,):
+            if number < len(lines) and (dash := _DASH.match(lines[number])):
+                return Fault((number, dash.start(1)), "a blank is missing behind the -")
     if problem == "mapping values are not allowed in this context":
         if re.search(r":\s", line[: place[1]]):
             return Fault(place, "quote the value: it has a colon and a blank in it")
