@@ -61,8 +61,8 @@ def run(options: argparse.Namespace) -> int:
         config = load(find_config(options.config, os.environ))
     except ConfigError as error:
         return fail("\n".join(map(str, error.findings)), EX_CONFIG)
-    if options.user is not None and options.user not in config.users:
-        return fail(f"no such user: {options.user}", EX_USAGE)
+    if unknown := _unknown(options, config):
+        return fail(unknown, EX_USAGE)
     try:
         content = _read_message(options.message) if options.message else None
         router = Router(config)
@@ -73,6 +73,18 @@ def run(options: argparse.Namespace) -> int:
         return fail(f"cannot read {options.message}: {error.strerror}", EX_USAGE)
     print(_as_json(answers) if options.json else "\n\n".join(_as_text(answer) for answer in answers))
     return 0 if all(map(_is_taken, answers)) else EX_FAILED
+
+
+def _unknown(options: argparse.Namespace, config: "Config") -> str:
+    """What the configuration does not have of what was asked about: a mistyped name would be answered as one that no route wants."""
+    from relay.config.values import client_of
+
+    if options.user is not None and options.user not in config.users:
+        return f"no such user: {options.user}"
+    names = [listener.name for listener in config.listeners]
+    if options.listener is not None and options.listener not in names:
+        return f"no such listener: {options.listener}; there is {', '.join(names)}"
+    return "" if client_of(options.client) is not None else f"not an IP address, nor a user such as uid:1000: {options.client}"
 
 
 def _is_taken(answer: dict[str, Any]) -> bool:

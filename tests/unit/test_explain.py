@@ -181,6 +181,26 @@ def test_the_answer_names_the_provider(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--listener", "insight"], "no such listener: insight; there is 127.0.0.1:2525, inside"),
+        (["--client", "10.1.2"], "not an IP address, nor a user such as uid:1000: 10.1.2"),
+        (["--client", "uid:root"], "not an IP address, nor a user such as uid:1000: uid:root"),
+    ],
+)
+def test_a_listener_or_client_that_cannot_be_is_a_usage_error(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask(tmp_path, "--from", "app@acme.example", "--to", "bob@example.org", *words) == 64
+    assert capsys.readouterr().err == f"{said}\n"
+
+
+@pytest.mark.parametrize("words", [["--listener", "inside"], ["--client", "uid:1000"], ["--client", "2001:db8::1"]])
+def test_a_listener_or_client_that_can_be_is_asked_about(words: list[str], tmp_path: Path) -> None:
+    assert ask(tmp_path, "--from", "app@acme.example", "--to", "bob@example.org", *words) == 0
+
+
+@pytest.mark.parametrize(
     ("user", "sender", "code", "part"),
     [
         ("erp", "app@acme.example", 0, "route acme: sender acme.example"),
