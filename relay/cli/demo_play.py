@@ -134,7 +134,10 @@ class _Play:
         line()
         if self._wanted_port not in (0, self._port):
             line(
-                ink("yellow", f"{_HOST}:{self._wanted_port} is in use by somebody else: the relay listens on {_HOST}:{self._port} instead")
+                ink(
+                    "yellow",
+                    f"{_HOST}:{self._wanted_port} is taken, or not for this user: the relay listens on {_HOST}:{self._port} instead",
+                )
             )
         line(f"The relay listens on {_HOST}:{self._port}. Each tenant's app sends one message to it, without any login:")
         line()

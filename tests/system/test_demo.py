@@ -115,7 +115,7 @@ async def test_a_port_that_is_taken_is_said_and_another_one_used(tmp_path: Path)
         port = taken.getsockname()[1]
         with demo(tmp_path, "--once", "--port", str(port)) as running:
             assert await running.ended() == 0
-            assert f"127.0.0.1:{port} is in use by somebody else: the relay listens on 127.0.0.1:" in running.text()
+            assert f"127.0.0.1:{port} is taken, or not for this user: the relay listens on 127.0.0.1:" in running.text()
             assert f"127.0.0.1:{port} instead" not in running.text()
 
 
