@@ -7,7 +7,7 @@ A part of `config.model`, and under its rules: attribute names are the keys of t
 from ipaddress import ip_network
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, WithJsonSchema, model_validator
 
 from relay.config import values
 from relay.config.fields import (
@@ -72,9 +72,13 @@ class Listener(Section):
     certificate: CertificateFile = Field(default=None, description="with its chain; default: a self-signed one, made by `relay serve`")
     key: KeyFile = Field(default=None, description="of the certificate; default: in the same file")
     require_tls: bool = Field(default=False, description="take no mail and no login in clear text")
-    minimum_tls: Annotated[Literal["1.0", "1.1", "1.2", "1.3"], BeforeValidator(values.as_written)] = Field(
-        default="1.2", description="below 1.2, with its old ciphers, only on a listener with networks"
-    )
+    minimum_tls: Annotated[
+        Literal["1.0", "1.1", "1.2", "1.3"],
+        BeforeValidator(
+            values.as_written,
+            json_schema_input_type=Annotated[str, WithJsonSchema({"enum": ["1.0", "1.1", "1.2", "1.3", 1.0, 1.1, 1.2, 1.3]})],
+        ),
+    ] = Field(default="1.2", description="below 1.2, with its old ciphers, only on a listener with networks")
     auth_exempt: Annotated[tuple[ClientNetwork, ...], null_or_list(str)] = Field(
         default=(), description="who may send without a login all the same"
     )
