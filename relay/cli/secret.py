@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 #: What `encrypt` made, in any text: a Fernet token begins with its version, 0x80, and four octets of time that are zero till 2106.
 _ENCRYPTED = re.compile(r"[0-9a-f]{8}\.gAAAA[A-Za-z0-9_-]+={0,2}")
+_SECRET_LIMIT_OCTETS = 65536  # as much as a file with a secret may have
 _COMMENT = re.compile(r"(?:^|\s)#[^\n]*\Z")
 
 
@@ -84,7 +85,7 @@ def _encrypt(options: argparse.Namespace) -> int:
             for name in options.files:
                 _rotate(Path(name), ring)
         else:
-            sys.stdout.write(_renewed(_read_whole(), ring, "standard input"))
+            sys.stdout.write(_renewed(_decoded(sys.stdin.buffer.read(), "standard input"), ring, "standard input"))
     except ConfigError as error:
         return fail(str(error), EX_CONFIG)
     except (_Failure, SecretError) as error:
@@ -127,14 +128,13 @@ def _asked() -> str:
 
 def _read() -> str:
     """All of standard input, without the line break at its end: a key in JSON has many lines."""
-    secret = _read_whole().removesuffix("\n").removesuffix("\r")
+    content = sys.stdin.buffer.read(_SECRET_LIMIT_OCTETS + 1)
+    if len(content) > _SECRET_LIMIT_OCTETS:
+        raise _Failure("standard input is too large for a secret")
+    secret = _decoded(content, "standard input").removesuffix("\n").removesuffix("\r")
     if not secret:
         raise _Failure("the secret is empty")
     return secret
-
-
-def _read_whole() -> str:
-    return _decoded(sys.stdin.buffer.read(), "standard input")
 
 
 def _decoded(content: bytes, where: str) -> str:

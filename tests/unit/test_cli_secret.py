@@ -113,6 +113,12 @@ def test_what_comes_by_a_pipe_is_printed_as_it_goes_into_the_file(
     assert printed.err == ""
 
 
+def test_more_than_a_secret_has_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    key_file()
+    assert run(monkeypatch, "encrypt", "--key-file", "relay.key", given=b"x" * 65537) == 1
+    assert capsys.readouterr() == ("", "relay secret: standard input is too large for a secret\n")
+
+
 def test_a_person_is_asked_twice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     ring = key_file()
     monkeypatch.setenv("RELAY_SECRET_KEY_FILE", "relay.key")
