@@ -13,6 +13,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from typing import Any, Final
 
 from relay.mail.address import AddressError, folded, is_mailbox, normalize_domain, parse_path
+from relay.mail.header import is_field_name
 
 Network = IPv4Network | IPv6Network
 
@@ -21,8 +22,6 @@ _MODE = re.compile(r"0?[0-7]{3}")
 _UNIX, _SYSTEMD = "unix:", "systemd:"
 _FD_NAME = re.compile(r"[!-9;-~]{1,255}")  # sd_listen_fds_with_names(3): printable ASCII without colons
 _BIND = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\[\]:/\s]+)):(\d{1,5})")
-_HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
-_HEADER_NAME = re.compile(r"[!-9;-~]{1,76}")  # RFC 5322 section 2.2: printable ASCII without the colon
 _NAMED_ADDRESS = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|([^<>"]*?))\s*<([^<>]*)>\s*')
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _BETWEEN = re.compile(r"[,;\s]+(?=[^,;\s/])")
@@ -365,7 +364,7 @@ def parse_header_name(value: str) -> str:
     """The name of a header field (RFC 5322 section 2.2)."""
     if value.endswith(":"):
         raise ValueError("write the name without the colon")
-    if not _HEADER_NAME.fullmatch(value):
+    if not is_field_name(value):
         raise ValueError(f"not the name of a header field: {value!r}")
     return value
 

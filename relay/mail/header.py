@@ -102,7 +102,7 @@ def join(parts: Iterable[Field]) -> bytes:
 
 
 def is_field_name(text: str) -> bool:
-    """Whether `text` may name a header field."""
+    """Whether `text` may name a header field: printable ASCII without the colon (RFC 5322 section 2.2)."""
     return _FIELD_NAME.fullmatch(text) is not None
 
 
