@@ -22,7 +22,7 @@ _NO_OCTETS = bytes(4)  # an int of the kernel's, zero
 
 
 class Peer(NamedTuple):
-    """Who is at the other end. `address` is where the client is, as a trusted `proxy` says where there is one.
+    """Who is at the other end. `address` is where the client is, as a trusted proxy says where there is one.
 
     `uid` is that of a process on this machine, by a Unix socket. `secure`: TLS protects what it says. `probe`: the proxy speaks for
     itself, or does not say for whom: it may look whether we live, and send no mail.
@@ -31,7 +31,6 @@ class Peer(NamedTuple):
     address: str = ""
     uid: int | None = None
     secure: bool = False
-    proxy: str = ""
     probe: bool = False
 
     @property

@@ -112,7 +112,7 @@ class Arrivals:
             self._turn_away(connection, proxy, str(error))
         else:
             if header is not None:
-                named = Peer(header.client, proxy=proxy.client) if header.client else proxy._replace(probe=True)
+                named = Peer(header.client) if header.client else proxy._replace(probe=True)
                 await self._welcome(socket.socket(fileno=connection.detach()), named)
 
     async def _header(self, connection: socket.socket) -> Header | None:

@@ -47,7 +47,6 @@ HOME, AWAY, UNIX = Peer("127.0.0.1"), Peer("10.1.2.3"), Peer(uid=1000)
         ({"auth": "optional"}, Peer("127.9.9.9"), True),
         ({"auth": "optional"}, UNIX, True),
         ({"auth": "optional"}, AWAY, False),
-        ({"auth": "optional"}, AWAY._replace(proxy="127.0.0.1"), False),
         ({"auth": "required"}, AWAY, False),
         ({"auth": "required"}, AWAY._replace(secure=True), True),
         ({"auth": "required", "auth_without_tls": True}, AWAY, True),
@@ -74,7 +73,7 @@ def test_a_login_is_offered_where_nobody_can_read_it(settings: dict[str, Any], p
         ({"auth": "required", "auth_exempt": "10.1.2.0/24"}, AWAY, False),
         ({"auth": "required", "auth_exempt": ["10.1.2.0/24"]}, Peer("10.1.3.1"), True),
         ({"auth": "required", "auth_exempt": ["10.1.2.0/24"]}, UNIX, True),
-        ({"auth": "required", "auth_exempt": ["10.1.2.0/24"]}, Peer("10.1.3.1", proxy="10.1.2.3"), True),
+        ({"auth": "required", "auth_exempt": ["10.1.2.0/24"]}, Peer("10.1.3.1"), True),
     ],
 )
 def test_a_login_is_demanded_of_all_but_the_exempt(settings: dict[str, Any], peer: Peer, demands: bool, tmp_path: Path) -> None:
