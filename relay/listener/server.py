@@ -258,16 +258,15 @@ class Session(Connection):
     def _receive(self) -> bool:
         """Look for the content's end. True when there is something new to do, False to wait for more octets."""
         newlines = self._settings.newlines
-        gathering = Gathering(self._settings.message_size, self._door.intake.spill, strict=newlines == "reject")
         octets = self._input.small_content(lenient=newlines == "legacy")
-        if octets is not None:
-            self._dialogue.expects = COMMANDS
-            self._begin(partial(self._take, gathering.whole(octets)))
-        elif self._input.takes_time:
-            self._dialogue.expects = COMMANDS
-            self._begin(partial(self._receive_large, gathering))
-        else:
+        if octets is None and not self._input.takes_time:
             return False
+        gathering = Gathering(self._settings.message_size, self._door.intake.spill, strict=newlines == "reject")
+        self._dialogue.expects = COMMANDS
+        if octets is not None:
+            self._begin(partial(self._take, gathering.whole(octets)))
+        else:
+            self._begin(partial(self._receive_large, gathering))
         return True
 
     async def _conclude(self, work: Callable[[], Awaitable[Reply | None]]) -> None:
