@@ -34,8 +34,6 @@ _RETRY_SECONDS = (10.0, 300.0)  # the first time, and at most
 _AT_ONCE = 1000  # drops in one look, for anybody may leave as many as he likes
 _SLICE_BYTES = 1024 * 1024
 
-_TOO_LONG = Reply(554, "5.6.0", "A line of the message is too long")
-
 
 class _Rest(NamedTuple):
     """Those recipients of a drop who were refused for now ("later") or for good ("never"), `reply` the first."""
@@ -213,9 +211,7 @@ class Drops:
         transaction = dialogue.take_transaction()
         transaction.gone = True  # nobody waits for a verdict
         transaction.id = message_id
-        if isinstance(received, Reply):
-            reply = received
-        elif received.trouble is not None:
+        if received.trouble is not None:
             reply = reply_to(received.trouble)
         else:
             reply = await door.intake.accept(transaction, received.content, received.head)
@@ -274,8 +270,8 @@ def _remove_all(places: Iterable[Path]) -> None:
         drop_files.remove(place)
 
 
-async def _gathered(drop: Drop, gathering: Gathering) -> Received | Reply:
-    """The content, read in slices of whole lines, or why it cannot be taken."""
+async def _gathered(drop: Drop, gathering: Gathering) -> Received:
+    """The content, read in slices of whole lines."""
     place, kept = drop.start, b""
     try:
         while place < drop.end:
@@ -285,8 +281,8 @@ async def _gathered(drop: Drop, gathering: Gathering) -> Received | Reply:
             place += len(octets)
             lines, kept = _whole_lines(kept + octets)
             if len(kept) > _SLICE_BYTES:
-                gathering.discard()
-                return _TOO_LONG
+                gathering.fail("line too long")
+                break
             await gathering.add(lines)
         return await gathering.finish()
     except BaseException:
