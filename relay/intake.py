@@ -39,13 +39,15 @@ _lane_of = lru_cache(maxsize=8192)(Lane)
 # What a client calls itself goes into the trace field: only what cannot end a comment or a line there.
 _UNSAFE_NAME = re.compile(r"[^A-Za-z0-9.:\[\]_-]")
 
+#: Our own trouble, wherever it is met: never for good.
+NO_SPACE = Reply(452, "4.3.1", "Insufficient storage, try again later")
+FAULT = Reply(451, "4.3.0", "Local error, try again later")
+
 _LOOP = Reply(554, "5.4.6", "Mail loop: too many Received header fields")
 _COMES_BACK = Reply(554, "5.4.6", "Mail loop: this message is being sent from here")
 _NOT_THE_USERS = Reply(553, "5.7.1", "Not one of the senders of this user")
 _HEADER_TOO_LARGE = Reply(552, "5.3.4", "The header is too large")
 _NO_ROUTE = Reply(550, "5.7.1", "No route for this sender")
-_NO_SPACE = Reply(452, "4.3.1", "Insufficient storage, try again later")
-_FAULT = Reply(451, "4.3.0", "Local error, try again later")
 _BARE_REFUSED = Reply(501, "5.1.3", "A recipient address needs a domain")
 _BARE_SENDER_REFUSED = Reply(501, "5.1.7", "A sender address needs a domain")
 # RFC 5321 section 4.3.2: what may follow the final dot. And so much of an upstream's words fits a line with the rest of ours.
@@ -147,7 +149,7 @@ class Intake:
         elif not self._obstacle:
             self._obstacle = str(obstacle)
             self._journal.note("error", f"no mail is taken: {obstacle}")
-        return _NO_SPACE if isinstance(obstacle, SpoolFull) else _FAULT
+        return NO_SPACE if isinstance(obstacle, SpoolFull) else FAULT
 
     def begin(
         self, origin: Origin, client_name: str, protocol: str, sender: str, *, smtputf8: bool, ret: str = "", envid: str = ""
@@ -186,7 +188,7 @@ class Intake:
 
         Content in a file is gone when the reply is not positive. When it is and the transaction has a `wait` now, `verdict` has the reply.
         """
-        reply = _FAULT
+        reply = FAULT
         try:
             decided = self._decide(transaction, content, head)
             reply = decided if isinstance(decided, Reply) else await self._take(transaction, *decided)
@@ -319,10 +321,10 @@ class Intake:
             claims = await self._spool.put(drafts, claimed)
         except SpoolFull as error:
             self._journal.note("error", str(error))
-            return _NO_SPACE
+            return NO_SPACE
         except SpoolError as error:
             self._journal.fault("taking custody", error, id=drafts[0].id)
-            return _FAULT
+            return FAULT
         finally:
             if not claims:
                 for draft, reserved in zip(drafts, claimed, strict=True):

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+from relay.intake import FAULT, NO_SPACE
 from relay.listener.budget import FREE_BYTES, LARGE_BYTES, Budget
 from relay.mail.content import has_dot_line, is_canonical, normalize, unstuff
 from relay.mail.reply import Reply
@@ -59,13 +60,11 @@ _REPLIES: dict[Trouble, Reply] = {
     "not the end": Reply(554, "5.5.1", "More came behind a dot between bare line feeds"),
     "no memory": Reply(452, "4.3.1", "Too much mail at once, try again later"),
 }
-_NO_SPACE = Reply(452, "4.3.1", "Insufficient storage, try again later")
-_FAULT = Reply(451, "4.3.0", "Local error, try again later")
 
 
 def reply_to(trouble: Trouble) -> Reply:
     """What the client hears of it."""
-    return _REPLIES.get(trouble) or (_NO_SPACE if isinstance(trouble, SpoolFull) else _FAULT)
+    return _REPLIES.get(trouble) or (NO_SPACE if isinstance(trouble, SpoolFull) else FAULT)
 
 
 class Received(NamedTuple):

@@ -10,7 +10,7 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from relay.intake import Transaction
+from relay.intake import FAULT, Transaction
 from relay.listener.access import NOBODY, NOT_ALLOWED, Peer
 from relay.listener.chunks import Chunks, parse_chunk
 from relay.listener.data import Gathering, reply_to
@@ -30,7 +30,6 @@ _SENDER_OK = Reply(250, "2.1.0", "Ok")
 _RECIPIENT_OK = Reply(250, "2.1.5", "Ok")
 _GO_AHEAD = Reply(354, "", "End data with <CR><LF>.<CR><LF>")
 _BYE = Reply(221, "2.0.0", "Bye")
-_FAULT = Reply(451, "4.3.0", "Local error, try again later")
 _UNKNOWN = Reply(500, "5.5.2", "Unknown command")
 _SYNTAX = Reply(501, "5.5.4", "Syntax error in the arguments")
 _NEED_MAIL = Reply(503, "5.5.1", "MAIL first")
@@ -41,7 +40,7 @@ _FOREIGN = Reply(554, "5.5.1", "This is an SMTP server")
 _NESTED_MAIL = Reply(503, "5.5.1", "A transaction is already open")
 _NEED_HELLO = Reply(503, "5.5.1", "EHLO or HELO first")
 _UNKNOWN_PARAMETER = Reply(555, "5.5.4", "Unknown parameter")
-_TOO_LARGE = Reply(552, "5.3.4", "Message too large")
+_TOO_LARGE = reply_to("too large")
 _READY = Reply(220, "2.0.0", "Ready to start TLS")
 _SECURE_ALREADY = Reply(503, "5.5.1", "TLS is in use already")
 _TLS_FIRST = Reply(530, "5.7.0", "STARTTLS first")
@@ -109,7 +108,7 @@ class Dialogue:
             return verb(self, argument.decode("utf-8", "surrogateescape"))
         except Exception as error:  # law 9: temporary to the client, loud in the log
             self._door.journal.fault(f"{word.decode('ascii', 'replace')[:10]} from a client", error, session=self._origin.session)
-            return _FAULT
+            return FAULT
 
     def respond(self, line: bytes) -> Reply | Later:
         """Read a line that answers 334."""
@@ -341,7 +340,7 @@ class Dialogue:
             obstacle = self._door.obstacle(size)
         except Exception as error:  # law 9
             self._door.journal.fault("BDAT from a client", error, session=self._origin.session)
-            return _FAULT
+            return FAULT
         return self.refuse(obstacle, transaction.sender or "<>", ",".join(transaction.recipients)) if obstacle is not None else None
 
     def _starttls(self, argument: str) -> Reply:

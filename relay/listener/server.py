@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import cast
 
-from relay.intake import Transaction
+from relay.intake import FAULT, Transaction
 from relay.listener.access import has_spoken, peer_of
 from relay.listener.chunks import Chunks
 from relay.listener.connection import Connection, remembered
@@ -50,7 +50,6 @@ _IDLE = Reply(421, "4.4.2", "Idle for too long")
 _SLOW = Reply(421, "4.4.2", "Too slow")
 _LINE_TOO_LONG = Reply(500, "5.5.2", "Line too long")
 _RESPONSE_TOO_LONG = Reply(500, "5.5.6", "Authentication response too long")
-_FAULT = Reply(451, "4.3.0", "Local error, try again later")
 
 
 class Session(Connection):
@@ -281,7 +280,7 @@ class Session(Connection):
             pass  # nothing was promised, and what is left of the content is nobody's
         except Exception as error:  # law 9
             self._door.journal.fault("a reply to a client", error, session=self._origin.session)
-            reply = _FAULT
+            reply = FAULT
         finally:
             self._taking = self._handed = None
             if self.transport is None:
@@ -332,7 +331,7 @@ class Session(Connection):
             await chunks.store()
         except Exception as error:  # law 9; what is left of the chunk is still to be read
             self._door.journal.fault("BDAT from a client", error, session=self._origin.session)
-            chunks.refuse(_FAULT)
+            chunks.refuse(FAULT)
 
     async def _take_chunks(self, chunks: Chunks) -> Reply:
         return await self._take(await chunks.finish())
