@@ -332,10 +332,6 @@ class Spool(Protocol):
         """Why custody of so many octets cannot be taken at the moment, as `put` would say it, or None. Cheap: no I/O."""
         ...
 
-    def unhealthy(self) -> str | None:
-        """The same in words, for people."""
-        ...
-
     async def close(self) -> None:
         """Finish what is under way and let the directory go."""
         ...

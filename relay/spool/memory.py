@@ -211,9 +211,6 @@ class MemorySpool:
     def obstacle(self, size: int = 0) -> SpoolError | None:
         return None
 
-    def unhealthy(self) -> str | None:
-        return None
-
     async def close(self) -> None:
         self._files.close()
 

@@ -326,10 +326,6 @@ class SqliteSpool:
     def obstacle(self, size: int = 0) -> SpoolError | None:
         return self._room.obstacle(size)
 
-    def unhealthy(self) -> str | None:
-        obstacle = self._room.obstacle()
-        return str(obstacle) if obstacle is not None else None
-
     async def close(self) -> None:
         await self._commits.stop()
         try:

@@ -599,7 +599,7 @@ async def test_next_due_tells_each_lanes_earliest(house: House) -> None:
 
 
 async def test_a_healthy_spool_says_nothing(house: House) -> None:
-    assert house.spool.unhealthy() is None
+    assert house.spool.obstacle() is None
 
 
 # -- quotas, and mail that waits for them ---------------------------------------------------------------------------------

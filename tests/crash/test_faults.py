@@ -182,10 +182,10 @@ async def test_a_commit_that_had_nothing_to_write_is_no_sign_of_health(
         await spool.put([draft(spool)], [False])
     for _ in range(3):
         await spool.next_due()
-    assert "no space left" in (spool.unhealthy() or "")
+    assert "no space left" in str(spool.obstacle())
     disk.mend()
     await spool.put([draft(spool)], [False])
-    assert spool.unhealthy() is None
+    assert spool.obstacle() is None
     await spool.close()
 
 
@@ -216,9 +216,9 @@ async def test_another_process_that_holds_the_database_stops_neither_the_loop_no
         turns += 1
     assert turns > 10, "the loop went on meanwhile"
     assert "another process holds its database" in str(put.exception())
-    assert "another process" in (spool.unhealthy() or "")
+    assert "another process" in str(spool.obstacle())
     other.execute("COMMIT")
-    await eventually(lambda: spool.unhealthy() is None, "it works again")
+    await eventually(lambda: spool.obstacle() is None, "it works again")
     await spool.put([draft(spool)], [False])
     other.close()
     await spool.close()
@@ -339,7 +339,7 @@ async def test_a_damaged_page_costs_its_own_message_and_no_other(tmp_path: Path)
     for claim in claims:
         await spool.settle(settlement(claim))
     await spool.put([draft(spool)], [False])
-    assert spool.unhealthy() is None
+    assert spool.obstacle() is None
     await spool.close()
 
 

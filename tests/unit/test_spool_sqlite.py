@@ -332,10 +332,10 @@ async def test_a_full_database_takes_nothing_says_so_and_works_again_when_there_
     with pytest.raises(SpoolFull, match="no space left"):
         await spool.put([draft(spool, content=b"x" * 200_000), draft(spool)], [claimed, claimed])
     await eventually(lambda: left(directory) == (1, 1, []), "that much is left")
-    assert "no space left" in (spool.unhealthy() or "")
+    assert "no space left" in str(spool.obstacle())
     spool._database.pragma("max_page_count", 1_000_000)
     await spool.put([draft(spool, content=b"x" * 200_000)], [claimed])
-    assert spool.unhealthy() is None
+    assert spool.obstacle() is None
     assert kept.id in {claim.id for claim in await spool.claim(LANE, 10)}
 
 

@@ -106,7 +106,7 @@ async def test_messages_on_a_damaged_page_are_put_aside_and_the_others_of_their_
     fresh = draft(spool)
     await spool.put([fresh], [False])
     assert [claim.id for claim in await spool.claim(LANE, 1)] == [fresh.id]
-    assert spool.unhealthy() is None
+    assert spool.obstacle() is None
     await spool.close()
 
 
