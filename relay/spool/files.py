@@ -65,10 +65,9 @@ class ContentFiles:
     `room` is told when a file cannot be written, and when one can again.
     """
 
-    def __init__(self, directory: Path, room: Room | None = None) -> None:
+    def __init__(self, directory: Path, room: Room) -> None:
         self._room = room
-        if room is not None:
-            room.watch(FILES, self.probe)
+        room.watch(FILES, self.probe)
         self._incoming = directory / "incoming"
         self._content = directory / CONTENT_DIRECTORY
         for path in (directory, self._incoming, self._content):
@@ -96,8 +95,7 @@ class ContentFiles:
     async def store(self, content: Content, number: int) -> Content:
         """Make `content` durable as file `number`. Raises SpoolFull or SpoolError, and then leaves nothing behind."""
         stored = await self.run(lambda: self._store(content, number))
-        if self._room is not None:
-            self._room.works(FILES)
+        self._room.works(FILES)
         return stored
 
     def remove(self, numbers: Iterable[int]) -> None:
@@ -105,13 +103,12 @@ class ContentFiles:
         for number in numbers:
             self.discard(self.path(number))
 
-    def sweep(self, kept: Callable[[int], bool]) -> int:
-        """Remove every file that no record names, and return how many. Only while nobody writes."""
+    def sweep(self, kept: Callable[[int], bool]) -> None:
+        """Remove every file that no record names. Only while nobody writes."""
         strays = [path for path in self._content.iterdir() if not kept(_number(path.name))]
         strays += self._incoming.iterdir()
         for path in strays:
             path.unlink()
-        return len(strays)
 
     async def run(self, work: Callable[[], _T]) -> _T:
         """Run blocking file work in a thread; OSError becomes SpoolFull or SpoolError."""
@@ -134,12 +131,11 @@ class ContentFiles:
         except OSError as error:
             self._failed(error)
         else:
-            if self._room is not None:
-                self._room.works(FILES)
+            self._room.works(FILES)
 
     def _failed(self, error: OSError) -> SpoolError:
         fault = storage_error(error)
-        if self._room is not None and not isinstance(error, FileExistsError):
+        if not isinstance(error, FileExistsError):
             self._room.measure()
             self._room.failed(FILES, fault)
         return fault

@@ -34,6 +34,7 @@ from relay.spool.base import (
 )
 from relay.spool.files import ContentFiles
 from relay.spool.records import id_of, is_unwarned, matters, number_of
+from relay.spool.room import Room
 
 _LEASE_SECONDS = 15 * 60
 _PAGE = 200
@@ -57,7 +58,7 @@ class MemorySpool:
     """See `spool.base.Spool`."""
 
     def __init__(self, directory: Path, clock: Clock, *, backoff: Callable[[int], float]) -> None:
-        self._files = ContentFiles(directory)
+        self._files = ContentFiles(directory, Room(directory, clock))
         self._clock = clock
         self._backoff = backoff
         self._messages: dict[MessageId, _Message] = {}
