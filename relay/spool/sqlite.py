@@ -137,15 +137,17 @@ class SqliteSpool:
                     else:
                         blobs.append((number, content.octets))
                     contents[id(draft.content)] = number, content
-            for draft, claim in zip(drafts, claimed, strict=True):  # a lease begins when nothing is waited for but the commit
+            for draft, wanted in zip(drafts, claimed, strict=True):  # a lease begins when nothing is waited for but the commit
                 number, content = contents[id(draft.content)]
                 place = number, content.path is not None, shared
-                token = next(self._claims.tokens) if claim else None
+                token = next(self._claims.tokens) if wanted else None
                 rows.append(self._row(draft, place, token))
                 claims.append(self._lend(draft, content, place, token) if token is not None else None)
             await self._commits.submit(self._rows.put, (rows, blobs))
         except Exception:
-            self._forget(claims)
+            for claim in claims:
+                if claim is not None:
+                    self._let_go(claim.id, claim.token)
             if filed := [number for number, content in contents.values() if content.path is not None]:
                 self._files.remove(filed)
             raise
@@ -194,16 +196,19 @@ class SqliteSpool:
 
     async def hasten(self, lane: Lane) -> bool:
         found: int = await self._ask(self._claims.hasten, (lane, self._clock.now()))
-        self._note(())
+        self._tell_news()
         return found > 0
 
     def _note(self, claimed: Sequence[tuple[Claim, Lease]]) -> list[Claim]:
         """Remember the leases of claims, and tell of what could not be claimed."""
         self._leases |= {claim.id: lease for claim, lease in claimed}
+        self._tell_news()
+        return [claim for claim, _ in claimed]
+
+    def _tell_news(self) -> None:
         while self._claims.news:
             number, (lane, reason) = self._claims.news.popitem()
             self._quarantined(id_of(number), lane, reason)
-        return [claim for claim, _ in claimed]
 
     async def _ask(self, operation: Kind, argument: Any) -> Any:
         """Have the operation done, again while it meets damage that was not known."""
@@ -252,7 +257,7 @@ class SqliteSpool:
             unneeded = await self._commits.submit(self._rows.resume if ending.values is not None else self._rows.end, ending)
         except (Again, SpoolError):
             unneeded = await self._ask(self._rows.end_beside_damage, ending)
-        self._note(())
+        self._tell_news()
         return unneeded
 
     async def dated(self, claim: Claim) -> Claim:
@@ -277,7 +282,7 @@ class SqliteSpool:
         due: Mapping[Lane, float] = await self._ask(self._claims.next_due, [(lease.number, lease.token) for _, lease in expired])
         for id, lease in expired:
             self._let_go(id, lease.token)
-        self._note(())
+        self._tell_news()
         return due
 
     async def _keep_step(self) -> None:
@@ -335,11 +340,6 @@ class SqliteSpool:
         self._database.close()
         self._files.close()
         self._lock.release()
-
-    def _forget(self, claims: Sequence[Claim | None]) -> None:
-        for claim in claims:
-            if claim is not None:
-                self._let_go(claim.id, claim.token)
 
     def _let_go(self, id: MessageId, token: int) -> None:
         """Forget a lease, unless the message has been claimed again in the meantime."""
