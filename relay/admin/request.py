@@ -12,13 +12,12 @@ from typing import Any, Final
 from relay.admin.operator import Order, Verb
 from relay.config.values import parse_condition, parse_text
 from relay.mail.reply import printable
-from relay.spool.base import Selection
+from relay.spool.base import STATES, Selection
 from relay.spool.records import parse_id
 
 VERSION: Final = 1
 _COUNT: Final = "count"
 _VERBS: Final = (*(verb.value for verb in Verb), _COUNT)
-_STATES: Final = ("due", "active", "deferred", "held")
 _KEYS: Final = ("version", "verb", "selection", "reason")
 _IDS_LIMIT: Final = 10_000  # more than xargs puts into one command
 _REASON_LIMIT: Final = 500  # characters: it is a column of the delivery log and a line of a bounce
@@ -79,8 +78,8 @@ def _address(key: str, value: object) -> str:
 
 def _state(key: str, value: object) -> str:
     text = _text(key, value)
-    if text not in _STATES:
-        raise Refused(f"{key} must be one of {', '.join(_STATES)}")
+    if text not in STATES:
+        raise Refused(f"{key} must be one of {', '.join(STATES)}")
     return text
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-# What `spool.sqlite_view` knows; written here again because importing it costs more than the rest of `relay --help`.
+# What `spool.base` and the delivery log know; written here again because importing them costs more than the rest of `relay --help`.
 STATES = ("due", "active", "deferred", "held")
 RESULTS = ("sent", "deferred", "failed", "held", "released", "dropped")
 

@@ -10,7 +10,7 @@ time are durable together, and content is removed only after the last recipient 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NewType, Protocol
+from typing import Final, NamedTuple, NewType, Protocol
 
 from relay.mail.address import patterns_for
 from relay.mail.envelope import NO_ORIGIN, NO_SUMMARY, Envelope, Origin, Summary
@@ -151,8 +151,12 @@ class Settlement(NamedTuple):
     used: tuple[Used, ...] = ()
 
 
+#: Of a queued message.
+STATES: Final = ("due", "active", "deferred", "held")
+
+
 class Queued(NamedTuple):
-    """The operator's view of one queued message. `state` is one of due, active, deferred, held.
+    """The operator's view of one queued message. `state` is one of the STATES.
 
     `due` of a held message: when it is given up. What damage has made unreadable is empty.
     """

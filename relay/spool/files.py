@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from relay.spool.base import Content, SpoolError, SpoolFull, SpoolInUse
+from relay.spool.records import id_of
 from relay.spool.room import Room
 
 _T = TypeVar("_T")
@@ -82,7 +83,7 @@ class ContentFiles:
 
     def path(self, number: int) -> Path:
         """Where content `number` lives."""
-        return self._content / f"{number:013X}"
+        return self._content / id_of(number)
 
     def writer(self) -> "FileWriter":
         """A new file for content that is still arriving. Raises SpoolFull or SpoolError."""

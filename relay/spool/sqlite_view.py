@@ -16,6 +16,7 @@ import apsw
 from relay.clock import Clock
 from relay.mail.envelope import NO_SUMMARY, Envelope, Origin, Summary
 from relay.spool.base import EVERYTHING, Content, Lane, LogEntry, Queued, Selection, SpoolError
+from relay.spool.files import CONTENT_DIRECTORY
 from relay.spool.records import id_of, number_of, unpack_envelope, unpack_facts, unpack_recipients, unpack_summary
 from relay.spool.sqlite_damage import fetch_texts, read_page
 from relay.spool.sqlite_schema import DATABASE, SCHEMA_VERSION, STATE, conditions
@@ -26,10 +27,6 @@ _ADVICE = "; run this as the user that relay runs as"
 
 #: Schemas that can be read. The first had no `report` in its log, the second no table of what quotas have used.
 _READABLE = (1, 2, SCHEMA_VERSION)
-
-#: The states of a queued message, and what the delivery log says of one.
-STATES = ("due", "active", "deferred", "held")
-RESULTS = ("sent", "deferred", "failed", "held", "released", "dropped")
 
 _QUEUE = f"""SELECT id, {STATE} AS state, {{upstream}}, {{route}}, {{sender}}, {{recipients}}, size, created, due, attempts, {{held}},
     {{reply}}, doubt FROM message WHERE id > :after {{conditions}} ORDER BY id LIMIT :page"""
@@ -131,7 +128,7 @@ class SqliteView:
         """The content of a queued message; a path is that of the spool's own file. Raises SpoolError, also where it is missing."""
         for number, filed, size in self._page(_PLACE, {"id": number_of(id)}):
             if filed:
-                return Content(size, path=self._directory / "content" / id_of(number))
+                return Content(size, path=self._directory / CONTENT_DIRECTORY / id_of(number))
             for (octets,) in self._page(_OCTETS, {"id": number}):
                 return Content(size, octets)
             raise SpoolError(f"the content of {id} is missing from the spool")

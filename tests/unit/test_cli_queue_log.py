@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from relay.cli import main
+from relay.cli import main, selection
 from relay.cli.table import Table, age, size, wait
 from relay.clock import ManualClock
 from relay.mail.envelope import Envelope, Origin, Recipient, Summary
 from relay.mail.outcome import Phase, Status, outcome_of_reply
 from relay.mail.reply import Reply
-from relay.spool.base import Claim, Content, Draft, Lane, Next, Settlement
+from relay.spool.base import STATES, Claim, Content, Draft, Lane, Next, Settlement
 from relay.spool.sqlite import SqliteSpool
 from tests.support.eventually import eventually
 from tests.support.terminal import terminal
@@ -406,3 +406,7 @@ async def test_the_report_about_a_message_is_part_of_its_story(tmp_path: Path, c
     assert [(each["id"], each["queued"], each["log"][0]["status"]) for each in story["reports"]] == [(report.id, None, "sent")]
     assert main(["trace", claim.id, "--spool", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"report {report.id} to the sender: sent: 250 2.0.0 Ok: taken"
+
+
+def test_the_filter_of_states_has_those_of_the_spool() -> None:
+    assert selection.STATES == STATES
