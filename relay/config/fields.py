@@ -54,31 +54,24 @@ def _secret(check: Callable[[str], object]) -> BeforeValidator:
 
 def _pem(checked: Callable[[Path], Path]) -> BeforeValidator:
     def read(value: Any, info: ValidationInfo) -> Any:
-        value = values.as_written(value)
-        if value is None or isinstance(value, Path):
-            return value
-        if not isinstance(value, str) or not value:
-            raise ValueError("must be the name of a file")
-        return checked(Path((info.context or {}).get("base", Path()), Path(os.path.expanduser(value))))
+        return value if value is None or isinstance(value, Path) else checked(_path(value, info))
 
     return BeforeValidator(read, json_schema_input_type=str | None)
 
 
-def _path_name() -> BeforeValidator:
-    def read(value: Any, info: ValidationInfo) -> Any:
-        value = values.as_written(value)
-        if isinstance(value, Path):
-            return value
-        if not isinstance(value, str) or not value:
-            raise ValueError("must be the name of a file")
-        return Path((info.context or {}).get("base", Path()), Path(os.path.expanduser(value)))
-
-    return BeforeValidator(read, json_schema_input_type=str)
+def _path(value: Any, info: ValidationInfo) -> Path:
+    """The file that a name stands for: names that are relative begin where the configuration is."""
+    value = values.as_written(value)
+    if isinstance(value, Path):
+        return value
+    if not isinstance(value, str) or not value:
+        raise ValueError("must be the name of a file")
+    return Path((info.context or {}).get("base", Path()), Path(os.path.expanduser(value)))
 
 
 CertificateFile = Annotated[Path | None, _pem(machine.certificate_file)]
 KeyFile = Annotated[Path | None, _pem(machine.key_file)]
-PathName = Annotated[Path, _path_name()]
+PathName = Annotated[Path, BeforeValidator(_path, json_schema_input_type=str)]
 Password = Annotated[Secret, _secret(check_credential)]
 Token = Annotated[Secret, _secret(values.parse_text)]
 ServiceAccount = Annotated[Secret, _secret(values.parse_service_account)]
