@@ -331,7 +331,7 @@ class _Reader:
             key = event.value
             below = (*path, key)
             if key not in self._unsuspicious or event.style or event.anchor is not None or event.tag is not None:
-                self._check_key(event, path, below)
+                self._check_key(event, below)
             if key in mapping:
                 first = keys[below].line + 1
                 name = "this key" if holds_secret(path) else repr(key)
@@ -360,7 +360,7 @@ class _Reader:
                 return
             event = self._next()
 
-    def _check_key(self, event: Any, path: KeyPath, below: KeyPath) -> None:
+    def _check_key(self, event: Any, below: KeyPath) -> None:
         self._check_properties(event, below)
         if event.style:
             if message := self._repaired.get((event.start_mark.line, event.start_mark.column)):
