@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from itertools import chain
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -158,16 +159,10 @@ def _write(prefix: bytes, slices: Iterator[bytes], *, headers_only: bool) -> Non
 
     head = next(slices)
     sys.stdout.flush()
-    for octets in [prefix, block_of(head)] if headers_only else _chained(prefix, head, slices):
+    for octets in (prefix, block_of(head)) if headers_only else chain((prefix, head), slices):
         if os.isatty(1):
             octets = _harmless(octets)
         sys.stdout.buffer.write(octets)
-
-
-def _chained(prefix: bytes, head: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    yield prefix
-    yield head
-    yield from rest
 
 
 def _harmless(octets: bytes) -> bytes:
