@@ -96,13 +96,13 @@ def _facts(config: "Config", options: argparse.Namespace, content: bytes | None)
     """What the router will be asked: more than once where an alias stands for several recipients."""
     from relay.mail.address import AddressError
     from relay.mail.envelope import Facts, Origin
-    from relay.mail.header import from_address, scan, split
+    from relay.mail.header import block_of, from_address, scan
     from relay.routing import expand_alias
 
     sender, recipient = _address(options.sender or "<>", config), _address(options.recipient, config)
     if not recipient:
         raise AddressError("a recipient is never null")
-    header_from = from_address(scan(split(content)[0]).get(b"from", ())) if content is not None else ""
+    header_from = from_address(scan(block_of(content)).get(b"from", ())) if content is not None else ""
     origin = Origin(options.listener or config.listeners[0].name, options.client, options.user or "", header_from=header_from)
     return [Facts(sender, address, origin) for address in expand_alias(recipient, config)]
 
@@ -192,10 +192,10 @@ def _provider_of(upstream: "Upstream") -> str | None:
 
 def _header(facts: "Facts", content: bytes | None) -> bytes:
     """The header block of the message, or a made-up one as an app would write it."""
-    from relay.mail.header import split
+    from relay.mail.header import block_of
 
     if content is not None:
-        return split(content)[0]
+        return block_of(content)
     lines = (f"From: {facts.sender or 'MAILER-DAEMON'}", f"To: {facts.recipient}", "Subject: An example", "")
     return "\r\n".join(lines).encode()
 
@@ -266,9 +266,15 @@ def _show_outcomes(options: argparse.Namespace) -> int:
     tables.append(("", list(rows_by_phase())))
     names = ("phase", "event", "status", "scope", "then", "why")
     if options.json:
-        lines = [(name, row, _columns(phase, row)) for name, table in tables for phase, row in table]
-        more = ({"meaning": row.meaning.value, "provider": name or None} for name, row, _ in lines)
-        print(_as_json([{**dict(zip(names, line, strict=True)), **rest} for (_, _, line), rest in zip(lines, more, strict=True)]))
+        rows = ((name, phase, row) for name, table in tables for phase, row in table)
+        print(
+            _as_json(
+                [
+                    {**dict(zip(names, _columns(phase, row), strict=True)), "meaning": row.meaning.value, "provider": name or None}
+                    for name, phase, row in rows
+                ]
+            )
+        )
         return 0
     if options.upstream is not None:
         print(
