@@ -70,7 +70,8 @@ def _address(part: _Part) -> str:
         raise AddressError(f"a comma is missing between <{angled[0]}> and <{angled[1]}>")
     if angled:
         return _checked(angled[0]) or "<>"
-    words = "".join(item for item in part if isinstance(item, str)).split(" ") if '"' not in "".join(map(str, part)) else [_bare(part)]
+    items = [item for item in part if isinstance(item, str)]
+    words = [_bare(items)] if any('"' in item for item in items) else "".join(items).split(" ")
     joined = ""
     for word in filter(None, words):
         if joined and not (joined[-1] in "@." or word[0] in "@."):
@@ -79,9 +80,8 @@ def _address(part: _Part) -> str:
     return _checked(joined)
 
 
-def _bare(part: _Part) -> str:
+def _bare(items: list[str]) -> str:
     """An address with a quoted local part, whose blanks are its own; blanks around it go."""
-    items = [item for item in part if isinstance(item, str)]
     while items and items[0] == " ":
         del items[0]
     while items and items[-1] == " ":
