@@ -3,7 +3,7 @@
 Called by listeners, verb by verb. What a route's conditions need is known at RCPT for all but null senders, so a refusal comes as early
 as it can. Never meets delivery: the spool is between them, and a message that can go at once is handed over already claimed.
 
-State: none but what it was built with. Laws: 250 only after the spool has the message; a fault of ours is 451 or 452, never 5xx.
+State: why no mail is taken, as it was told last. Laws: 250 only after the spool has the message; a fault of ours is 451 or 452, never 5xx.
 """
 
 import re

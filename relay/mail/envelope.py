@@ -11,7 +11,8 @@ class Recipient(NamedTuple):
     """One forward-path with what the client said about it.
 
     `notify` and `orcpt` are RFC 3461's parameters as given (`""`: not given). `in_doubt` says that an upstream may already
-    have taken the message for this recipient: a transaction ended after the last octet and before its reply.
+    have taken the message for this recipient: a transaction ended after the last octet and before its reply. `warned`: the sender
+    has been told that it still waits.
     """
 
     address: str

@@ -19,8 +19,6 @@ _PAGE_BYTES = 4096
 _HEADER_BYTES = 100  # SQLite takes what is shorter for a database that is still empty
 _CACHE_KIB = 8192
 
-# `due` of a claimed message is when it is tried again should this process die; of a held one, when it is given up, or infinity. The
-# indexes hold waiting and held mail only, so that the common message, which is put already claimed, never touches them.
 _USED = """
 CREATE TABLE used (             -- what upstreams were given, by slices of their quotas' windows
     upstream TEXT NOT NULL,
@@ -31,6 +29,8 @@ CREATE TABLE used (             -- what upstreams were given, by slices of their
     PRIMARY KEY (upstream, seconds, start)
 ) WITHOUT ROWID;
 """
+# `due` of a claimed message is when it is tried again should this process die; of a held one, when it is given up, or infinity. The
+# indexes hold waiting and held mail only, so that the common message, which is put already claimed, never touches them.
 SCHEMA = f"""{_USED}
 CREATE TABLE message (
     id INTEGER PRIMARY KEY,
