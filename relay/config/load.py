@@ -43,7 +43,7 @@ def find_config(given: str | Path | None, environ: Mapping[str, str]) -> Path:
     if named := environ.get("RELAY_CONFIG"):
         return Path(named)
     for path in (Path("config.yaml"), _SYSTEM_FILE):
-        if path.exists():
+        if not machine.is_missing(path):
             return path
     looked = f"$RELAY_CONFIG (not set), ./config.yaml, {_SYSTEM_FILE}"
     raise ConfigError([Finding("", 0, 0, "", f"no configuration file: looked at {looked}; name one with -c")])

@@ -40,6 +40,15 @@ def default_control(environ: Mapping[str, str], spool: Path) -> Path:
     return (Path(runtime) if runtime else spool) / CONTROL
 
 
+def is_missing(path: Path) -> bool:
+    """Whether there is nothing at `path`. What we may not look at is not missing: reading it says what is wrong."""
+    try:
+        path.stat()
+    except OSError as error:
+        return isinstance(error, FileNotFoundError | NotADirectoryError)
+    return False
+
+
 def certificate_file(path: Path) -> Path:
     """`path` again, once it is known to hold a PEM certificate. Raises ValueError."""
     if b"-----BEGIN CERTIFICATE-----" not in _content(path):

@@ -1,5 +1,6 @@
 """Reading the file: where it is, what is no text or no YAML, and how long it may take."""
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -68,6 +69,20 @@ def test_a_file_is_looked_for_in_four_places(tmp_path: Path, monkeypatch: pytest
     assert find_config(None, {}) == Path("config.yaml")
     assert find_config(None, {"RELAY_CONFIG": "/missing"}) == Path("/missing")
     assert find_config("given.yaml", {"RELAY_CONFIG": "/missing"}) == Path("given.yaml")
+
+
+def test_a_file_that_we_may_not_even_look_for_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat, closed = Path.stat, tmp_path / "etc" / "config.yaml"  # as for anybody else where /etc/relay is for its group alone
+
+    def refused(path: Path, **options: bool) -> os.stat_result:
+        if path == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("relay.config.load._SYSTEM_FILE", closed)
+    monkeypatch.setattr(Path, "stat", refused)
+    assert find_config(None, {}) == closed
 
 
 @pytest.mark.parametrize(
