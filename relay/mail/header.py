@@ -9,6 +9,7 @@ import re
 from binascii import Error as Base64Error
 from binascii import a2b_base64, a2b_qp
 from collections.abc import Iterable, Mapping, Sequence
+from encodings import aliases, normalize_encoding
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -30,8 +31,14 @@ _FIELD_NAME = re.compile(r"[!-9;-~]{1,76}")
 # Begins with a literal, which `re` finds much faster than `^`.
 _SCANNED = re.compile(rb"\n(received|message-id|date|from|sender|to|cc|subject)[ \t]*+:([^\n]*+(?:\n[ \t][^\n]*+)*+)", re.IGNORECASE)
 _FOLD = re.compile(rb"\r?\n(?=[ \t])")
-_WORD = r"=\?([!-)+-<>@-Z^-~]+)(?:\*[A-Za-z0-9-]*)?\?([bBqQ])\?([^?\s]*)\?="
+_WORD = r"=\?([!-)+-<>@-Z^-~]{1,40})(?:\*[A-Za-z0-9-]*)?\?([bBqQ])\?([^?\s]*)\?="
 _ENCODED_WORD = re.compile(_WORD)
+# Those that Python knows; the ones written out have no second name. No other is looked up: Python remembers each name that it looked for in
+# vain, and messages may make up names by the thousand.
+_CHARSETS = frozenset((
+    *aliases.aliases, *aliases.aliases.values(), "cp1006", "cp720", "cp737", "cp856", "cp874", "cp875", "koi8_t", "koi8_u", "mac_arabic",
+    "mac_croatian", "mac_farsi", "mac_romanian", "utf_8_sig",
+))  # fmt: skip
 _ENCODED_RUN = re.compile(rf"{_WORD}(?:\s+{_WORD})*")
 
 # `=?` in an address is kept for the slow way. Possessive throughout: a stranger's field costs linear time.
@@ -287,6 +294,8 @@ def _decode_run(run: re.Match[str]) -> str:
         return run[0]
     pieces: list[tuple[str, bytes]] = []
     for charset, encoding, text in _ENCODED_WORD.findall(run[0]):
+        if normalize_encoding(charset.lower()) not in _CHARSETS:
+            return run[0]
         try:
             octets = a2b_base64(text + "==") if encoding in "bB" else a2b_qp(text.encode(), header=True)
         except (Base64Error, UnicodeEncodeError):

@@ -1,5 +1,6 @@
 """The header block: cut without loss, read strictly where it matters."""
 
+import codecs
 import time
 import tracemalloc
 
@@ -267,3 +268,18 @@ def test_hostile_headers_cost_linear_time() -> None:
 def test_a_field_name_is_printable_ascii_without_a_colon() -> None:
     assert is_field_name("X-Tenant")
     assert not any(is_field_name(name) for name in ("", "X Y", "X:", "Ü", "X\r\n", "x" * 77))
+
+
+def test_a_charset_that_nobody_knows_is_not_even_looked_for() -> None:
+    """Python keeps every name that it has looked for in vain: each would cost memory for as long as the process lives."""
+    asked: list[str] = []
+
+    def search(name: str) -> None:
+        asked.append(name)
+
+    codecs.register(search)
+    try:
+        assert decode(b"=?x-of-my-own?q?a?= and =?KOI8-U?q?=C1?= and =?cp874?q?=A1?=") == "=?x-of-my-own?q?a?= and \u0430 and \u0e01"
+    finally:
+        codecs.unregister(search)
+    assert asked == []
