@@ -8,6 +8,7 @@ State: one read-only connection.
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,7 +145,7 @@ class SqliteView:
             yield from self._results(selection, after, until)
         else:
             newest = self._results(selection, after, until, newest_first=True)
-            yield from reversed([entry for entry, _ in zip(newest, range(last), strict=False)])
+            yield from reversed(list(islice(newest, last)))
 
     def _results(self, selection: Selection, after: int, until: int, *, newest_first: bool = False) -> Iterator[LogEntry]:
         chosen, values = conditions(selection, moment="time", state="status", now=self._clock.now())

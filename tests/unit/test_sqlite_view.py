@@ -210,6 +210,20 @@ async def test_a_listing_longer_than_a_page_is_whole_and_in_order(desk: Desk) ->
         assert [e.recipient for e in view.log(Selection(recipient="r1@x.example"), last=4)] == addresses[1:2]
 
 
+async def test_the_last_lines_of_the_log_are_found_without_reading_what_is_before_them(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr("relay.spool.sqlite_view._PAGE_ROWS", 2)
+    for number in range(8):
+        address = "rare@x.example" if number >= 7 else f"r{number}@x.example"
+        await desk.end(await desk.put("app@acme.example", address, claimed=True), rare=SENT, **{f"r{number}": SENT})
+    view, pages = desk.view(), list[str]()
+    page = view._page
+    monkeypatch.setattr(view, "_page", lambda text, values: (pages.append(text), page(text, values))[1])
+    assert [e.recipient for e in view.log(Selection(recipient="rare@x.example"), last=1)] == ["rare@x.example"]
+    assert len(pages) == 1
+
+
 async def test_new_lines_of_the_log_are_those_after_its_former_end(desk: Desk) -> None:
     view = desk.view()
     assert view.end_of_log() == 0
