@@ -54,6 +54,7 @@ from relay.spool.sqlite_verbs import Page, Step, Verbs
 #: Checkpoint when about so much has been logged, or when idle. The longer the log, the fewer pages are written twice.
 _CHECKPOINT_BYTES = 64 * 1024 * 1024
 _LOG_ROWS_A_SWEEP = 10_000  # more than fit into the log between two checkpoints, so that it shrinks under load too
+_FORGET_LOG_SECONDS = 60.0  # until the next sweep behind one that found nothing: it looks at all those rows
 _FORGET_USED_SECONDS = 3600.0  # it looks at every row, some dozen for each upstream with a quota
 _FREE_PAGES = 4096
 _DAMAGES_LIMIT = 1000  # what one operation goes around; a damaged page has some dozen messages
@@ -79,7 +80,7 @@ class SqliteSpool:
         self._quarantined = quarantined
         self._keep_log_seconds = keep_log_seconds
         self._last_id = 0
-        self._forgets_used_at = 0.0
+        self._forgets_log_at = self._forgets_used_at = 0.0
         self._room = Room(directory, clock, max_size_bytes=max_size_bytes, min_free_bytes=min_free_bytes)
         try:
             self._files = ContentFiles(directory, self._room)
@@ -360,7 +361,10 @@ class SqliteSpool:
     def _housekeep(self) -> None:
         try:
             self._checkpoint()
-            self._database.execute(sql.FORGET_LOG, (self._clock.now() - self._keep_log_seconds, _LOG_ROWS_A_SWEEP))
+            if self._clock.monotonic() >= self._forgets_log_at:
+                self._database.execute(sql.FORGET_LOG, (self._clock.now() - self._keep_log_seconds, _LOG_ROWS_A_SWEEP))
+                if not self._database.changes():
+                    self._forgets_log_at = self._clock.monotonic() + _FORGET_LOG_SECONDS
             if self._clock.monotonic() >= self._forgets_used_at:
                 self._forgets_used_at = self._clock.monotonic() + _FORGET_USED_SECONDS
                 self._database.execute(sql.FORGET_USED, (self._clock.now(),))

@@ -500,9 +500,22 @@ async def test_log_rows_go_when_they_are_too_old_and_not_before(tmp_path: Path) 
     clock.advance(KEEP_LOG_SECONDS - 10)
     await settle_some(spool, 2)
     assert read(tmp_path, "SELECT count(*) FROM log") == [(5,)]
-    clock.advance(11)
+    clock.advance(100)
     await spool.next_due()  # the thread wakes up, and then is idle again
     await eventually(lambda: read(tmp_path, "SELECT count(*) FROM log") == [(2,)], "the three old rows are gone")
+    await spool.close()
+
+
+async def test_a_log_of_which_nothing_is_old_is_not_read_every_second(tmp_path: Path) -> None:
+    clock, sweeps = ManualClock(), list[str]()
+    spool = open_spool(tmp_path, clock)
+    spool._database.exec_trace = lambda _, text, __: (sweeps.append(text) if text == sql.FORGET_LOG else None, True)[1]
+    for _ in range(5):
+        spool._housekeep()
+    assert len(sweeps) == 1
+    clock.advance(60)
+    spool._housekeep()
+    assert len(sweeps) == 2
     await spool.close()
 
 
