@@ -147,6 +147,7 @@ SAYINGS: Mapping[str, tuple[str, ...]] = {
         "messages in this connection", "messages in this session", "message per connection", "messages per connection",
         "messages per session", "messages on this connection",
     ),
+    "too many errors": ("too many errors", "too many bad commands"),
     "used up": (
         "sending limit", "sending quota", "daily message quota", "quotaexceededexception", "daily limit", "hourly limit", "emails per hour",
         "has exceeded permitted limits", "maximum credits",
@@ -181,6 +182,8 @@ TABLE: tuple[Row, ...] = (
     Row((Phase.STARTTLS,), ("454", "", ""), _DEFERRED, _UPSTREAM, "TLS is not available there", fallback=True),
     # Exim's words, and Yahoo's: the next connection is welcome at once.
     Row((Phase.MAIL,), ("421", "", "session full"), _DEFERRED, _UPSTREAM, "no more mail on this connection", fallback=True),
+    # How Postfix, Exchange and Sendmail end a session, with 4.7.0: after twenty refused recipients it is about these, and nobody else.
+    Row(_COMMANDS, ("421", "", "too many errors"), _DEFERRED, _MESSAGE, "too many errors in this session"),
     Row(_ANY, ("421", "", "used up"), _DEFERRED, _UPSTREAM, "a quota is used up", throttled=True, meaning=_QUOTA),
     Row(_ANY, ("454", "4.7.0", ""), _DEFERRED, _UPSTREAM, "throttled", throttled=True, meaning=_THROTTLED),
     Row(_ANY, ("432", "4.3.2", ""), _DEFERRED, _UPSTREAM, "throttled: too many connections", throttled=True, meaning=_THROTTLED),

@@ -66,6 +66,7 @@ SAID: tuple[tuple[ScriptPhase, str], ...] = (
     ("mail", "450 4.7.1 Too much mail"),
     ("mail", "421 4.3.2 Too many concurrent sessions"),
     ("mail", "421 too many messages in this connection"),
+    ("mail", "421 4.7.0 Error: too many errors"),
     ("mail", "450 4.7.1 Hourly limit reached"),
     ("mail", "530 5.7.0 Must issue a STARTTLS command first"),
     ("mail", "550 Daily limit reached"),
@@ -484,7 +485,9 @@ async def test_one_taken_one_refused_and_one_deferred(mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("name", ["421 4.3.2 Idle for too long", "421 too many messages in this connection", "close", "RST"])
+@pytest.mark.parametrize(
+    "name", ["421 4.3.2 Idle for too long", "421 too many messages in this connection", "421 4.7.0 Error: too many errors", "close", "RST"]
+)
 async def test_a_session_that_ended_before_mail_was_answered_is_replaced_once(mode: Mode, name: str) -> None:
     action = FAILURES[name][0] if name in FAILURES else Say(name.encode())
     async with mode.server(users=USERS) as server, pool_to(acme=settings(server, **LOGIN)) as pool:

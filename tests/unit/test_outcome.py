@@ -173,6 +173,9 @@ WORDS = [
     (Phase.MAIL, "452 4.3.1 Insufficient system storage", DEFERRED, MESSAGE, ""),
     (Phase.RCPT, "450 4.2.0 <you@example.org>: Recipient address rejected: Greylisted", DEFERRED, RECIPIENT, ""),
     (Phase.MAIL, "552 5.3.4 Message size exceeds fixed limit", FAILED, MESSAGE, ""),
+    (Phase.MAIL, "421 4.7.0 mx.acme.example Error: too many errors", DEFERRED, MESSAGE, ""),
+    (Phase.RCPT, "421 4.7.0 Too many errors on this connection, closing transmission channel", DEFERRED, MESSAGE, ""),
+    (Phase.DATA, "421 4.7.0 mx.acme.example Too many bad commands; closing connection", DEFERRED, MESSAGE, ""),
     # Exim, Sendmail, OpenSMTPD, qmail, Dovecot, cPanel
     (Phase.RCPT, "550 relay not permitted", DEFERRED, CREDENTIAL, "fallback"),
     (Phase.RCPT, "550 5.7.1 <you@example.org>... Relaying denied. Proper authentication required.", DEFERRED, CREDENTIAL, "fallback"),
@@ -350,7 +353,7 @@ def test_each_phrase_is_heard_in_any_case_and_decides() -> None:
         assert rows
         for phrase, text in product(phrases, ("{}", "<a@b.c>: {}, sorry", "go away: {}")):
             assert phrase == phrase.lower()
-            code = {"STARTTLS first": 530, "session full": 421}.get(saying, 550)
+            code = {"STARTTLS first": 530, "session full": 421, "too many errors": 421}.get(saying, 550)
             assert row_for(Phase.MAIL, Reply(code, "", text.format(phrase.upper()))) in rows, phrase
 
 
