@@ -181,14 +181,14 @@ class Transaction:
             while (wanted := len(commands) - len(replies)) > 0:
                 replies += await self._wire.replies(wanted, timeout_seconds=timeouts.command, last_timeout_seconds=timeouts.final)
         except Broken as broken:
-            if self._stale():
-                left = broken.failure is Failure.CLOSED and self._said_goodbye()
+            left = broken.failure is Failure.CLOSED and self._said_goodbye()
+            if self._stale() or (self._reset_refused and not left):
                 raise Stale(in_doubt=self._phase is _FINAL and not left) from None
             self._judge()
             raise
-        if self._stale():
+        if self._reset_refused or self._stale():
             # What refuses RSET has not read this flight from its beginning, and what says 421 to MAIL may read on.
-            self.botched = bool(self._mail_at) and not replies[0][-1].startswith(b"2")
+            self.botched = self._reset_refused
             raise Stale(in_doubt=self.botched or replies[-1][-1].startswith(b"2"))
         self._judge()
         reply = parse_reply(replies[-1])
@@ -209,6 +209,7 @@ class Transaction:
     async def _envelope(self) -> bool:
         """Whether the upstream waits for the content."""
         commands, replies = self._sent_ahead or self._commands(), self._replies
+        broken: Broken | None = None
         try:
             if not self._offer.pipelining:
                 await self._converse(commands)
@@ -217,15 +218,14 @@ class Transaction:
                     self._wire.write("".join(commands).encode())
                 while len(replies) < len(commands):
                     replies += await self._wire.replies(len(commands) - len(replies), timeout_seconds=self._timeouts.command)
-        except Broken:
+        except Broken as error:
             self._phase = _MAIL if len(replies) <= self._mail_at else _RCPT if len(replies) < len(commands) - 1 else _DATA
-            if self._stale():
-                raise Stale(in_doubt=False) from None
-            self._judge()
-            raise
+            broken = error
         if self._stale():
             raise Stale(in_doubt=False)
         self._judge()
+        if broken is not None:
+            raise broken
         return self._go_ahead(len(commands))
 
     def _commands(self) -> list[str]:
@@ -235,14 +235,22 @@ class Transaction:
         return ["RSET\r\n", *commands] if self._mail_at else commands
 
     def _stale(self) -> bool:
-        """Whether the session, a reused one, was over before this MAIL: it has no reply, or a 421 that is no request to slow down."""
+        """Whether the session, a reused one, was over before this MAIL: it has no reply, or RSET was refused, or 421 is no request to slow
+        down."""
         if not self._reused:
             return False
-        replies, place = self._replies, self._mail_at
-        mail = replies[place : place + 1]
-        if not mail or (place and not replies[0][-1].startswith(b"2")):
-            return True
-        return mail[0][-1].startswith(b"421") and not outcome_of_reply(_MAIL, parse_reply(mail[0]), own=self._own).throttled
+        first = self._from_mail()[:1]
+        if first and first[0][-1].startswith(b"421"):
+            return not outcome_of_reply(_MAIL, parse_reply(first[0]), own=self._own).throttled
+        return not first or self._reset_refused
+
+    def _from_mail(self) -> list[Lines]:
+        """MAIL's reply and those behind it; where RSET was refused, only the reply to that, which speaks of what follows."""
+        return self._replies[:1] if self._reset_refused else self._replies[self._mail_at :]
+
+    @property
+    def _reset_refused(self) -> bool:
+        return self._mail_at == 1 and bool(self._replies) and not self._replies[0][-1].startswith(b"2")
 
     async def _converse(self, commands: list[str]) -> None:
         """One by one, and DATA only when somebody was taken."""
@@ -278,8 +286,8 @@ class Transaction:
 
     def _judge(self) -> None:
         """Give every recipient that MAIL's or its own reply speaks against its outcome."""
-        recipients, place = len(self._message.recipients), self._mail_at
-        for number, lines in enumerate(self._replies[place : place + 1 + recipients]):
+        recipients = len(self._message.recipients)
+        for number, lines in enumerate(self._from_mail()[: 1 + recipients]):
             if len(lines) == 1 and lines[0][:4] in (b"250 ", b"250"):
                 continue
             phase = _RCPT if number else _MAIL
@@ -312,15 +320,12 @@ class Transaction:
             return True
         data = parse_reply(last)
         self.botched |= data.positive  # which is no go-ahead; and yet it may wait for content, and would take commands for that
-        if refused:
-            self._note(data)
-            return False
-        if data.code != 354:
-            self._fill(outcome_of_reply(_DATA, data, own=self._own))
-            self.dirty = True
-            self._note(data)
-            return False
-        return True
+        if data.code == 354 and not refused:
+            return True
+        self._fill(outcome_of_reply(_DATA, data, own=self._own))
+        self.dirty = True
+        self._note(data)
+        return False
 
     # -- content ----------------------------------------------------------------------------------------------------------
 

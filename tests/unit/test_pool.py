@@ -368,6 +368,23 @@ async def test_a_session_that_cannot_be_reset_is_stale(pipelining: bool, action:
         assert len(server.accepted) == 1
 
 
+@pytest.mark.parametrize("offers", [(), ("CHUNKING",)])
+@pytest.mark.parametrize("pipelining", [True, False])
+async def test_a_request_to_slow_down_at_rset_is_no_reason_to_connect_again(pipelining: bool, offers: tuple[str, ...]) -> None:
+    async with (
+        ScriptedUpstream(without=() if pipelining else ("PIPELINING",), offers=offers) as server,
+        pool_to(acme=settings(server)) as pool,
+    ):
+        server.script("rcpt", b"550 5.1.1 nobody", times=1)
+        assert words(await pool.send("acme", outgoing())) == ["failed recipient rcpt"]
+        server.script("rset", b"421 4.7.0 Slow down")
+        assert words(await pool.send("acme", outgoing())) == ["deferred upstream mail throttled"]
+        assert len(server.connections) == 1
+        server.heal()
+        assert all_sent(await pool.send("acme", outgoing()))
+        assert len(server.accepted) == 1
+
+
 @pytest.mark.parametrize("pipelining", [True, False])
 async def test_an_end_between_rset_and_mail_is_stale_too(pipelining: bool) -> None:
     async with ScriptedUpstream(without=() if pipelining else ("PIPELINING",)) as server, pool_to(acme=settings(server)) as pool:
