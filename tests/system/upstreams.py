@@ -75,11 +75,16 @@ async def raw_server(serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter
     try:
         port = server.sockets[0].getsockname()[1]
         yield Upstream.model_validate({"host": "127.0.0.1", "port": port, "security": "none", "timeouts": PATIENT})
+    except BaseException:
+        for task in running:  # it may wait for what the test has not come to
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        raise
     finally:
         server.close()
         for writer in running.values():
             writer.transport.abort()
-        await asyncio.gather(*running)
+    await asyncio.gather(*running)
 
 
 async def open_sessions(pool: Pool, server: ScriptedUpstream, count: int, name: str = "acme") -> None:
