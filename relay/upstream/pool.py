@@ -101,11 +101,15 @@ class Pool:
         used, looks = login.upstream, login.looks
         outcomes = await self._send(name, message)
         first = outcomes[0]
-        if first.scope is not _CREDENTIAL or first.in_doubt or not all(each.scope is _CREDENTIAL for each in outcomes):
+        if first.scope is not _CREDENTIAL or not all(each.scope is _CREDENTIAL for each in outcomes):
             return outcomes
         if used.logs_in and first.phase is not Phase.RCPT:  # there it may be the recipient that is odd
             self._leave(name)
-        return await self._send(name, message) if await login.renewed(used, first, looks=looks) else outcomes
+        if await login.renewed(used, first, looks=looks):
+            in_doubt = first.in_doubt  # since before that login
+            outcomes = await self._send(name, message)
+            return list(map(_doubted, outcomes)) if in_doubt else outcomes
+        return outcomes
 
     async def probe(self, name: str) -> Outcome | None:
         """Open a session without mail and end it: None where that works, else why not. A refused secret is read again, as for mail.

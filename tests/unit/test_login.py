@@ -177,6 +177,22 @@ async def test_a_changed_secret_is_found_after_one_refusal_and_everybody_goes(se
         assert ear.notes == [("info", f"upstream acme: its secret has changed (file {secret_file})")]
 
 
+@pytest.mark.parametrize("reply", [None, b"451 4.3.0 later"])
+async def test_a_changed_secret_is_found_also_where_a_flight_is_in_doubt(secret_file: Path, reply: bytes | None) -> None:
+    async with ScriptedUpstream(users={"acme": OLD}, offers=("CHUNKING",)) as server:
+        upstream = with_login(server, {"file": str(secret_file)})
+        async with pool_and_ear(acme=upstream) as (pool, _):
+            assert all_sent(await pool.send("acme", outgoing()))
+            change_password(server, "acme", NEW)
+            secret_file.write_text(NEW)
+            server.script("mail", Close(), times=1)  # the flight is on its way, and nobody knows how far it came
+            if reply is not None:
+                server.script("final", reply)
+            outcomes = await pool.send("acme", outgoing())
+            assert words(outcomes) == ["sent message final" if reply is None else "deferred message final in_doubt"]
+            assert [login.password for login in server.logins] == [OLD, OLD, NEW]
+
+
 async def test_a_changed_secret_that_is_wrong_too_costs_one_more_login(secret_file: Path) -> None:
     async with serve(acme="another") as server, pool_and_ear(acme=with_login(server, {"file": str(secret_file)})) as (pool, ear):
         secret_file.write_text(NEW)
