@@ -199,7 +199,7 @@ async def _authenticate(client: aiosmtplib.SMTP, host: str, upstream: Upstream) 
     offered = [mechanism.lower() for mechanism in client.server_auth_methods]
     known: dict[str, _Mechanism] = {
         "plain": client.auth_plain,
-        "login": client.auth_login,
+        "login": partial(_login, client),
         "cram-md5": client.auth_crammd5,
         "xoauth2": partial(_xoauth2, client),
     }
@@ -218,6 +218,17 @@ async def _authenticate(client: aiosmtplib.SMTP, host: str, upstream: Upstream) 
         meaning = row_for(outcome.phase, error.failure or reply, own=upstream.replies).meaning
         raise CannotOpen(outcome, error.failure, meaning=meaning) from None
     return chosen
+
+
+async def _login(client: aiosmtplib.SMTP, user: str, password: str, /, *, timeout: float) -> None:
+    """Log in with LOGIN, whose user name waits until it is asked for: a server that takes none at once would ask for it, and be told the
+    password instead, for its log."""
+    response = await client.execute_command(b"AUTH", b"LOGIN", timeout=timeout)
+    for answer in (user, password):
+        if response.code == 334:
+            response = await client.execute_command(b64encode(answer.encode()), timeout=timeout)
+    if response.code != 235:
+        raise aiosmtplib.SMTPAuthenticationError(response.code, response.message)
 
 
 async def _xoauth2(client: aiosmtplib.SMTP, user: str, token: str, /, *, timeout: float) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from relay.upstream import watch
 from relay.upstream.pool import Pool
 from tests.support.eventually import eventually
 from tests.support.upstream import Close, Hang, Hold, ScriptedUpstream
-from tests.system.upstreams import all_sent, open_sessions, outgoing, settings, words
+from tests.system.upstreams import all_sent, open_sessions, outgoing, raw_server, settings, words
 
 pytestmark = pytest.mark.both_loops
 
@@ -155,6 +156,24 @@ async def test_a_login_that_is_cut_off_lets_the_next_one_try() -> None:
         assert all_sent(await second)
         with pytest.raises(asyncio.CancelledError):
             await first
+
+
+async def test_the_user_name_of_login_waits_until_it_is_asked_for() -> None:
+    """Some take none at once: they ask for it all the same, and would write the password that they are told into their logs."""
+    said: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 old.test\r\n")
+        for answer in (b"250-old.test\r\n250 AUTH LOGIN", b"334 VXNlcm5hbWU6", b"334 UGFzc3dvcmQ6", b"235 Welcome", b"550 no"):
+            said.append((await reader.readline()).strip())
+            writer.write(answer + b"\r\n")
+        await reader.read()
+
+    async with raw_server(serve) as upstream:
+        settings = upstream.model_dump(include={"host", "port", "security", "timeouts"}) | {"username": "acme", "password": OLD}
+        async with pool_and_ear(acme=Upstream.model_validate(settings)) as (pool, _):
+            assert words(await pool.send("acme", outgoing())) == ["failed message mail"]
+    assert said[1:4] == [b"AUTH LOGIN", b64encode(b"acme"), b64encode(OLD.encode())]
 
 
 # -- the secret is read again ----------------------------------------------------------------------------------------------
