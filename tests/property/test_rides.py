@@ -36,6 +36,7 @@ ROUND_SECONDS = 30.0
 IMPATIENT = {"connect": "300ms", "command": "100ms", "data": "100ms", "final": "100ms"}
 
 REFUSALS = {
+    "RSET": (b"421 4.3.2 closing", b"421 4.7.0 too fast", b"421 4.7.0 too many errors", b"521 5.3.2 go away"),
     "MAIL": (b"451 4.3.0 later", b"550 5.7.1 not you", b"421 4.3.2 closing", b"421 4.7.0 too fast", b"503 5.5.1 what?"),
     "RCPT": (b"451 4.2.1 later", b"550-5.1.1 there is\r\n550 5.1.1 nobody", b"452 4.5.3 too many", b"421 4.3.2 closing"),
     "DATA": (b"451 4.3.0 later", b"554 5.6.0 no", b"421 4.3.2 closing"),
@@ -93,7 +94,7 @@ class Fiend:
             elif verb == "QUIT":
                 reply = b"221 bye\r\n"
             elif verb == "RSET":
-                sender, recipients, reply = "", [], b"250 Ok\r\n"
+                sender, recipients, reply = "", [], self._answer(verb, b"250 Ok", good=good)
             elif verb == "BDAT":
                 content = await reader.readexactly(int(line.split()[1]))
                 reply = await self._take(sender, recipients, content, good=good)
