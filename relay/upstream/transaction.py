@@ -128,7 +128,9 @@ class Transaction:
             elif await self._envelope():
                 await self._content()
         except Broken as broken:
-            self._fill(outcome_of_failure(self._phase, broken.failure, f"{broken} ({_MOMENT[self._phase]})"))
+            failed = outcome_of_failure(self._phase, broken.failure, f"{broken} ({_MOMENT[self._phase]})")
+            goodbye = (each for each in self._refusals.values() if each.reply.code == 421 and self._phase is not _FINAL)
+            self._fill(next(goodbye, failed))  # 421 is why it broke (RFC 5321 section 3.8), and speaks of all who are left
         except MalformedReply as nonsense:
             self.botched = True
             self._fill(outcome_of_failure(self._phase, Failure.NONSENSE, f"{nonsense} ({_MOMENT[self._phase]})"))

@@ -143,12 +143,9 @@ def causes(phase: ScriptPhase, event: Event, mode: Mode, place: int = 0) -> list
     here = Phase(phase)
     if (event.positive and here in (Phase.MAIL, Phase.RCPT)) or (event.code == 354 and here is Phase.DATA):
         return [[TAKEN]] * mode.recipients
-    if here is not Phase.RCPT:
+    if here is not Phase.RCPT or event.code == 421:  # it closes
         return [[(here, event)]] * mode.recipients
-    others = TAKEN
-    if event.code == 421:  # it closes
-        others = (Phase.RCPT if place < mode.recipients - 1 else Phase.DATA, Failure.CLOSED)
-    return [[(here, event)] if number == place else [others] for number in range(mode.recipients)]
+    return [[(here, event)] if number == place else [TAKEN] for number in range(mode.recipients)]
 
 
 def _broken(phase: ScriptPhase, failure: Failure, mode: Mode) -> list[Cause]:

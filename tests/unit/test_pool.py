@@ -235,6 +235,26 @@ async def test_a_request_to_slow_down_on_a_used_session_is_no_reason_to_connect_
         assert len(server.connections) == 1
 
 
+@pytest.mark.parametrize("pipelining", [True, False])
+@pytest.mark.parametrize(
+    ("reply", "meant"),
+    [
+        (b"421 4.7.0 Slow down", "deferred upstream rcpt throttled"),
+        (b"421 4.3.2 Shutting down", "deferred upstream rcpt fallback"),
+        (b"421 4.7.0 Error: too many errors", "deferred message rcpt"),
+    ],
+)
+async def test_what_421_says_to_one_recipient_holds_for_all_whom_the_end_of_the_session_concerns(
+    pipelining: bool, reply: bytes, meant: str
+) -> None:
+    """Else it would be a broken connection for the others, and throttling in the end a reason for the fallback."""
+    async with ScriptedUpstream(without=() if pipelining else ("PIPELINING",)) as server, pool_to(acme=settings(server)) as pool:
+        server.script("rcpt", b"550 5.1.1 nobody", recipient="b@example.org")
+        server.script("rcpt", reply, recipient="c@example.org")
+        outcomes = await pool.send("acme", outgoing(*(f"{name}@example.org" for name in "abcd")))
+        assert words(outcomes) == [meant, "failed recipient rcpt", meant, meant]
+
+
 async def test_nothing_is_retried_once_mail_was_answered() -> None:
     async with ScriptedUpstream() as server, pool_to(acme=settings(server)) as pool:
         assert all_sent(await pool.send("acme", outgoing()))
