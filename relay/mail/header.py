@@ -26,10 +26,11 @@ _RUN_LIMIT = 16384  # characters of neighbouring encoded words: a few of Python'
 # The mbox line `From app Tue Nov…` before the header is junk that old programs write; it does not end the header block.
 _FIRST_LINE = re.compile(rb"[!-9;-~]+[ \t]*:|>?From ")
 _FIELD = re.compile(rb"[^\n]*\n(?:[ \t][^\n]*\n?)*|[^\n]+")
-_NAME = re.compile(rb"([!-9;-~]+)[ \t]*:")
+# Before the colon RFC 5322 has blanks. Exim takes any white space there, folds too, for a field of that name.
+_NAME = re.compile(rb"([!-9;-~]++)\s*+:")
 _FIELD_NAME = re.compile(r"[!-9;-~]{1,76}")
 # Begins with a literal, which `re` finds much faster than `^`.
-_SCANNED = re.compile(rb"\n(received|message-id|date|from|sender|to|cc|subject)[ \t]*+:([^\n]*+(?:\n[ \t][^\n]*+)*+)", re.IGNORECASE)
+_SCANNED = re.compile(rb"\n(received|message-id|date|from|sender|to|cc|subject)\s*+:([^\n]*+(?:\n[ \t][^\n]*+)*+)", re.IGNORECASE)
 _FOLD = re.compile(rb"\r?\n(?=[ \t])")
 _WORD = r"=\?([!-)+-<>@-Z^-~]{1,40})(?:\*[A-Za-z0-9-]*)?\?([bBqQ])\?([^?\s]*)\?="
 _ENCODED_WORD = re.compile(_WORD)

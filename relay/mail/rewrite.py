@@ -18,7 +18,7 @@ from relay.mail.reply import printable
 _LINE_LIMIT_OCTETS = 998  # RFC 5322 section 2.1.1, without CRLF
 _FOLD_AT = 900  # leaves room for the name and a few words of grace
 _WORD_LIMIT = 75  # RFC 2047 section 2
-_PRIVATE = re.compile(rb"^(?:(?:(?:resent-)?bcc|return-path)[ \t]*:|>?From )", re.IGNORECASE | re.MULTILINE)
+_PRIVATE = re.compile(rb"^(?:(?:(?:resent-)?bcc|return-path)\s*+:|>?From )", re.IGNORECASE | re.MULTILINE)
 _PRIVATE_NAMES = frozenset({b"bcc", b"resent-bcc", b"return-path"})
 _MAILBOX_LINES = (b"From ", b">From ")
 _PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(?: [A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*")

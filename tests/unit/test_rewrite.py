@@ -40,6 +40,7 @@ def test_without_a_rule_for_it_the_same_header_comes_back(rules: Rewrite | None)
 @pytest.mark.parametrize("rules", [None, Rewrite(set_headers=(("X-A", "1"),)), Rewrite(add_headers=(("Bcc", "x@y.z"),))])
 def test_hidden_recipients_and_the_return_path_never_leave(rules: Rewrite | None) -> None:
     block = b"Return-Path: <a@b.c>\r\nbcc: x@y.z,\r\n z@y.x\r\nA: 1\r\nRESENT-BCC : q\r\nX-Bcc: stays\r\n"
+    block += b"Bcc\r\n : x@y.z\r\nBcc\v: x@y.z\r\n"
     kept = b"".join(part.raw for part in fields(rewrite_header(block, rules)) if part.name != b"X-A")
     assert kept == b"A: 1\r\nX-Bcc: stays\r\n"
 
