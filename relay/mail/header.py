@@ -23,8 +23,8 @@ _MAILBOX_LIMIT_OCTETS = 4096  # a From longer than this is not read
 _REMEMBERED_OCTETS = 500  # a From may have a megabyte, and thousands are remembered
 _RUN_LIMIT = 16384  # characters of neighbouring encoded words: a few of Python's codecs take quadratic time
 
-# The mbox line `From app Tue Nov…` before the header is junk that old programs write; it does not end the header block.
-_FIRST_LINE = re.compile(rb"[!-9;-~]+[ \t]*:|>?From ")
+# The mbox line `From app Tue Nov…` before the header is junk that old programs write; before anything else it is the text of a mail.
+_FIRST_LINE = re.compile(rb"(?:>?From [^\n]*+\n)*+[!-9;-~]++[ \t]*+:")
 _FIELD = re.compile(rb"[^\n]*\n(?:[ \t][^\n]*\n?)*|[^\n]+")
 # Before the colon RFC 5322 has blanks. Exim takes any white space there, folds too, for a field of that name.
 _NAME = re.compile(rb"([!-9;-~]++)\s*+:")

@@ -48,6 +48,10 @@ HEADER = (
         (b"hello world\r\n\r\nmore\r\n", b"", b"hello world\r\n\r\nmore\r\n", b"\r\n"),
         (b" folded: start\r\n\r\n", b"", b" folded: start\r\n\r\n", b"\r\n"),
         (b"From app Tue Nov 22\r\nA: 1\r\n\r\nx", b"From app Tue Nov 22\r\nA: 1\r\n", b"\r\nx", b""),
+        (b"From app Tue Nov 22\r\n>From app\r\nA: 1\r\n\r\nx", b"From app Tue Nov 22\r\n>From app\r\nA: 1\r\n", b"\r\nx", b""),
+        (b"From now on, see below\r\nfor it\r\n\r\nx", b"", b"From now on, see below\r\nfor it\r\n\r\nx", b"\r\n"),
+        (b"From now on\r\n\r\nx: y", b"", b"From now on\r\n\r\nx: y", b"\r\n"),
+        (b"From now on", b"", b"From now on", b"\r\n"),
         (b"A: 1\r\njunk\r\nB: 2\r\n\r\nx\r\n\r\ny", b"A: 1\r\njunk\r\nB: 2\r\n", b"\r\nx\r\n\r\ny", b""),
     ],
 )
