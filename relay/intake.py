@@ -17,6 +17,7 @@ from typing import Protocol
 from relay.clock import Clock
 from relay.config.model import Config, Route
 from relay.mail import dsn, header
+from relay.mail.address import folded
 from relay.mail.envelope import Envelope, Origin, Recipient
 from relay.mail.permission import may_send, objection, user_objection
 from relay.mail.reply import Reply
@@ -277,9 +278,9 @@ class Intake:
             prefix = prefix or self._prefix(transaction, message_id, found, now)
             rules = self._router.rewrite_for(route, route.upstream)
             if rules is not None and rules.bcc:
-                placed = placed or {recipient.address for _, each in groups for recipient in each}
-                if rules.bcc not in placed:
-                    placed.add(rules.bcc)
+                placed = placed or {folded(recipient.address) for _, each in groups for recipient in each}
+                if folded(rules.bcc) not in placed:
+                    placed.add(folded(rules.bcc))
                     recipients = [*recipients, Recipient(rules.bcc, notify="NEVER")]
             envelope = Envelope(transaction.sender, tuple(recipients), transaction.smtputf8, transaction.ret, transaction.envid)
             drafts.append(Draft(message_id, _lane_of(route.upstream, route.name), envelope, content, now, prefix, origin, summary, now))

@@ -341,6 +341,12 @@ async def test_bcc_is_one_more_recipient_once_a_message(front_of: FrontOf, recip
     assert [r.notify for r in added] == ([""] if "archive@acme.example" in recipients else ["NEVER"])
 
 
+async def test_bcc_is_not_added_for_whom_the_client_writes_otherwise(front_of: FrontOf) -> None:
+    front = front_of(routes=[{"sender": "*", "upstream": "acme", "rewrite": {"bcc": "archive@acme.example"}}])
+    await accept(front, begin(front, "app@acme.example", "Archive@ACME.example"))
+    assert [message.recipients for message in front.taken] == [("Archive@ACME.example",)]
+
+
 async def test_bcc_is_not_in_the_trace_field(front_of: FrontOf) -> None:
     front = front_of(routes=[{"sender": "*", "upstream": "acme", "rewrite": {"bcc": "archive@acme.example"}}])
     made = await prefix(front)
