@@ -80,7 +80,7 @@ def rewrite_header(block: bytes, rules: Rewrite | None) -> bytes:
     for name, value in rules.set_headers:
         _set(parts, name.encode(), field_of(name, value))
     for name, value in rules.add_headers:
-        parts.append(Field(name.encode(), field_of(name, value)))
+        _add(parts, Field(name.encode(), field_of(name, value)))
     if rules.subject_prefix:
         _prefix_subject(parts, rules.subject_prefix)
     return _without_private(join(parts))
@@ -192,14 +192,20 @@ def _wire_address(address: str) -> bytes:
 
 
 def _set(parts: list[Field], name: bytes, raw: bytes) -> None:
-    """Put `raw` in the place of the first field called `name`, drop the others; append it where there is none."""
-    places = [place for place, part in enumerate(parts) if part.name.lower() == name.lower()]
-    if not places:
-        parts.append(Field(name, raw))
-        return
-    for place in reversed(places[1:]):
-        del parts[place]
-    parts[places[0]] = Field(name, raw)
+    """Put `raw` in the place of the first field called `name` that everybody sees, or add it; drop all others."""
+    wanted = name.lower()
+    place = next((place for place, part in enumerate(parts) if part.name.lower() == wanted or _is_text(part)), len(parts))
+    parts[place:] = [Field(name, raw), *(part for part in parts[place:] if part.name.lower() != wanted)]
+
+
+def _add(parts: list[Field], added: Field) -> None:
+    """Put it behind the last field that everybody sees."""
+    parts.insert(next((place for place, part in enumerate(parts) if _is_text(part)), len(parts)), added)
+
+
+def _is_text(part: Field) -> bool:
+    """Whether it is a line that most servers take for the beginning of the text, as it is no field and belongs to none."""
+    return not part.name and part.raw[:1] not in (b" ", b"\t")
 
 
 def _replace_from(parts: list[Field], rules: Rewrite) -> None:
@@ -218,7 +224,7 @@ def _replace_from(parts: list[Field], rules: Rewrite) -> None:
         return
     if not any(part.name.lower() == b"reply-to" for part in parts):
         raw = _from_field(_name_of(before), before.address.encode())
-        parts.append(Field(b"Reply-To", b"Reply-To" + raw[len(b"From") :]))
+        _add(parts, Field(b"Reply-To", b"Reply-To" + raw[len(b"From") :]))
 
 
 @lru_cache(maxsize=4096)
@@ -247,7 +253,7 @@ def _prefix_subject(parts: list[Field], prefix: str) -> None:
         if not unfold(part.raw).startswith(prefix.strip()):
             parts[place] = Field(part.name, _prefixed(part.raw, prefix))
         return
-    parts.append(Field(b"Subject", field_of("Subject", prefix)))
+    _add(parts, Field(b"Subject", field_of("Subject", prefix)))
 
 
 def _prefixed(raw: bytes, prefix: str) -> bytes:

@@ -135,6 +135,28 @@ def test_a_block_without_a_last_line_end_gets_one_before_more_is_added() -> None
 
 
 @pytest.mark.parametrize(
+    "rules",
+    [
+        Rewrite(from_address="x@y.z"),
+        Rewrite(reply_to="x@y.z"),
+        Rewrite(set_headers=(("X-Tenant", "acme"),)),
+        Rewrite(add_headers=(("X-Tenant", "acme"),)),
+        Rewrite(subject_prefix="[a] "),
+    ],
+)
+def test_what_is_added_stands_before_a_line_that_servers_take_for_the_text(rules: Rewrite) -> None:
+    before, text = b"Error: disk full\r\n", b"on host 7\r\nnote: x\r\n"
+    block = rewrite_header(before + text, rules)
+    assert block.startswith(before) and block.endswith(text)
+    assert len(fields(block)) == 4
+
+
+def test_what_is_set_replaces_a_field_in_the_text_by_one_before_it() -> None:
+    block = b"A: 1\r\nwrapped\r\nFrom: a@b.c\r\nB: 2\r\n"
+    assert rewrite_header(block, Rewrite(from_address="x@y.z")) == b"A: 1\r\nFrom: x@y.z\r\nwrapped\r\nB: 2\r\n"
+
+
+@pytest.mark.parametrize(
     ("block", "prefix", "expected"),
     [
         (b"Subject: hi\r\n", "[a] ", b"Subject: [a] hi\r\n"),
@@ -239,8 +261,8 @@ def test_untouched_fields_leave_byte_for_byte() -> None:
     assert gone == [b"From: Acme App <app@acme.example>\r\n", b"SUBJECT: hello\r\n world\r\n", b"User-Agent: old/1.0\r\n"]
     assert new == [
         b"From: N <n@o.p>\r\n",
-        b"SUBJECT: [p] hello\r\n world\r\n",
         b"Reply-To: Acme App <app@acme.example>\r\n",
         b"X-A: 1\r\n",
         b"X-B: 2\r\n",
+        b"SUBJECT: [p] hello\r\n world\r\n",
     ]
