@@ -1,6 +1,6 @@
-"""Bounces and rewritten headers against the files beside this one. GOLDEN=1 writes the files anew: review the difference."""
+"""Bounces and rewritten headers against the files beside this one."""
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,20 +65,16 @@ BOUNCES = {
 ACTIONS = {"delayed": [Action.DELAYED] * 2, "relayed": [Action.RELAYED], "mixed": [Action.RELAYED, Action.FAILED, Action.DELAYED]}
 
 
-def agree(path: Path, octets: bytes) -> None:
-    if os.environ.get("GOLDEN") == "1":
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(octets)
-    assert octets.decode() == path.read_bytes().decode()
+Golden = Callable[[str, str | bytes], None]
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_rewritten_header_is_as_it_was(name: str) -> None:
-    agree(HERE / "headers" / f"{name}.txt", rewrite_header(HEADER, RULES[name]))
+def test_a_rewritten_header_is_as_it_was(golden: Golden, name: str) -> None:
+    golden(f"headers/{name}.txt", rewrite_header(HEADER, RULES[name]).decode())
 
 
 @pytest.mark.parametrize("name", BOUNCES)
-def test_a_bounce_is_as_it_was(name: str) -> None:
+def test_a_bounce_is_as_it_was(golden: Golden, name: str) -> None:
     actions = ACTIONS.get(name, [Action.FAILED] * len(BOUNCES[name]))
     notices = [Notice(*fate, action) for fate, action in zip(BOUNCES[name], actions, strict=True)]
     envelope = Envelope(
@@ -92,4 +88,4 @@ def test_a_bounce_is_as_it_was(name: str) -> None:
     now = 1_800_014_400.0 if name in ACTIONS else 1_800_345_600.0
     bounce = make_bounce(about, reporting_mta="relay.example.net", bounce_id="0123456789abd", now=now)
     assert bounce is not None
-    agree(HERE / "bounces" / f"{name}.eml", bounce.content)
+    golden(f"bounces/{name}.eml", bounce.content.decode())
