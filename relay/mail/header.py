@@ -24,7 +24,7 @@ _REMEMBERED_OCTETS = 500  # a From may have a megabyte, and thousands are rememb
 _RUN_LIMIT = 16384  # characters of neighbouring encoded words: a few of Python's codecs take quadratic time
 
 # The mbox line `From app Tue Nov…` before the header is junk that old programs write; before anything else it is the text of a mail.
-_FIRST_LINE = re.compile(rb"(?:>?From [^\n]*+\n)*+[!-9;-~]++[ \t]*+:")
+_FIRST_LINE = re.compile(rb"(?:>?From [^\n]*+\n)*[!-9;-~]++[ \t]*+:")
 _FIELD = re.compile(rb"[^\n]*\n(?:[ \t][^\n]*\n?)*|[^\n]+")
 # Before the colon RFC 5322 has blanks. Exim takes any white space there, folds too, for a field of that name.
 _NAME = re.compile(rb"([!-9;-~]++)\s*+:")
