@@ -21,6 +21,9 @@ from relay.observe.journal import Journal
 from relay.observe.metrics import Metrics
 from relay.spool.base import MessageId
 
+#: What comes while one message tries is put off for so long at most: how that ends is soon known, and nobody looks at its lane until then.
+_TRIAL_SECONDS = 5.0
+
 #: After being open for so long, mail has been put off far into the future and is worth looking for in the spool.
 _LONG_SECONDS = 300.0
 
@@ -156,14 +159,12 @@ class Breakers:
         return self._objection(upstream, trouble.open) if trouble is not None and trouble.open is not None else None
 
     def ready_at(self, upstream: str) -> float:
-        """From when on a message may try it (epoch); 0.0: now."""
-        trouble = self._troubles.get(upstream)
-        if trouble is None or (circuit := trouble.open) is None:
-            return 0.0
-        left = circuit.until - self._clock.monotonic()
-        if trouble.trying is not None:
-            left = max(left, self._way.first)  # about what a connection takes to fail
-        return self._clock.now() + left if left > 0 else 0.0
+        """From when on a message may try it (epoch); 0.0: now. While one tries: about what a connection takes to fail."""
+        return self._closed_until(upstream, trial_seconds=self._way.first)
+
+    def due_at(self, upstream: str) -> float:
+        """Until when mail is put off that may not try it now (epoch); 0.0: it may."""
+        return self._closed_until(upstream, trial_seconds=min(self._way.first, _TRIAL_SECONDS))
 
     def failing_since(self, upstream: str) -> float | None:
         """When the failures began of which none has been followed by a success (epoch)."""
@@ -227,6 +228,15 @@ class Breakers:
         what = "has refused its credential" if circuit.kind is _LOGIN else "has failed"
         text = f"not tried: {upstream} {what} since {since}; last: {circuit.reply}"
         return Outcome(Status.DEFERRED, Scope.UPSTREAM, Phase.RESOLVE, Reply(0, "", text), fallback=True)
+
+    def _closed_until(self, upstream: str, *, trial_seconds: float) -> float:
+        trouble = self._troubles.get(upstream)
+        if trouble is None or (circuit := trouble.open) is None:
+            return 0.0
+        left = circuit.until - self._clock.monotonic()
+        if trouble.trying is not None:
+            left = max(left, trial_seconds)
+        return self._clock.now() + left if left > 0 else 0.0
 
     def _epoch(self, since: float) -> float:
         """The wall time of a monotonic one, by the clock as it is set now: nothing that lasts is longer or shorter when it is set."""

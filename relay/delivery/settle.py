@@ -132,7 +132,7 @@ class Settler:
     def _plan(self, claim: Claim, result: Result) -> Plan:
         route, now, lane = self._router.route(claim.lane.route), self._clock.now(), claim.lane
         upstreams = (upstreams_of(route) if route is not None else ()) or (lane.upstream,)
-        closed = {name: when for name in upstreams if (when := self._breakers.ready_at(name))}
+        closed = {name: when for name in upstreams if (when := self._breakers.due_at(name))}
         unverified = route is not None and route.verified_only and self._verified is not None and self._verified.ready_at(upstreams[0])
         if unverified:
             closed[upstreams[0]] = max(closed.get(upstreams[0], 0.0), unverified)

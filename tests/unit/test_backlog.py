@@ -20,9 +20,10 @@ from relay.mail.outcome import Failure, Outcome, Phase, outcome_of_failure
 from relay.observe.metrics import Metrics
 from relay.routing import Router
 from relay.spool import sqlite_claims
-from relay.spool.base import Claim, Content, Draft, Lane, Next, Settlement
+from relay.spool.base import EVERYTHING, Claim, Content, Draft, Lane, Next, Settlement
 from relay.spool.memory import MemorySpool
 from relay.spool.sqlite import SqliteSpool
+from relay.upstream.transaction import Outgoing
 from tests.contract.drafts import DEFERRED, draft, settlement
 from tests.unit.delivery import CONTENT, PREFIX, SENT, FakePool, Log, config_of
 
@@ -55,6 +56,17 @@ class CountingSpool(MemorySpool):
         await super().settle(settlement)
 
 
+class SlowPool(FakePool):
+    """Answers as fast as it can, but while `answering` is cleared."""
+
+    answering: asyncio.Event | None = None
+
+    async def send(self, name: str, message: Outgoing) -> list[Outcome]:
+        if self.answering is not None:
+            await self.answering.wait()
+        return await super().send(name, message)
+
+
 class House:
     """The whole of delivery, between a spool in memory and upstreams that answer what the test says."""
 
@@ -63,7 +75,7 @@ class House:
         self.spool = CountingSpool(directory, self.clock)
         self.log = Log(directory, self.clock)
         self.down = {"acme"}
-        self.pool = FakePool(self._answer)
+        self.pool = SlowPool(self._answer)
         journal, metrics, router = self.log.journal, Metrics(), Router(config)
         self.breakers = Breakers(config.retry, journal, metrics, self.clock)
         attempts = Attempts(config, router, self.pool, journal, self.clock, breakers=self.breakers)  # type: ignore[arg-type]
@@ -170,6 +182,32 @@ async def test_who_wants_it_tried_need_not_wait_until_the_lane_is_looked_at(hous
     getattr(house.scheduler, order)("acme")
     await house.rest()
     assert house.sent("acme") >= QUEUE - 2 * CLAIMED_AT_ONCE
+
+
+async def test_what_is_claimed_beside_the_message_that_tries_goes_soon_after_it(house: House) -> None:
+    await house.put(ACME, QUEUE, told=True)
+    await house.rest()
+    house.down.clear()
+    house.pool.answering = asyncio.Event()
+    await house.spool.reschedule(EVERYTHING)
+    house.scheduler.try_now("acme")
+    house.scheduler.wake(ACME, house.clock.now())
+    await house.pass_time(1)
+    house.pool.answering.set()
+    await house.pass_time(15)  # of which it may take up to five until a lane is looked at again
+    assert len(house.spool._messages) == 0
+
+
+async def test_mail_is_not_looked_at_more_often_while_one_message_tries_for_long(house: House) -> None:
+    await house.put(ACME, QUEUE, told=True)
+    await house.rest()
+    house.pool.answering = asyncio.Event()
+    house.scheduler.try_now("acme")
+    await house.rest()
+    before = house.spool.settled
+    await house.pass_time(20)
+    house.pool.answering.set()
+    assert house.spool.settled - before <= 10 * CLAIMED_AT_ONCE + CLAIMED_AT_ONCE
 
 
 async def test_with_a_fallback_the_queue_moves_on_at_once(tmp_path: Path) -> None:

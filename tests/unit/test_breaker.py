@@ -266,6 +266,7 @@ def test_when_its_time_is_up_one_message_tries_and_the_others_come_later(desk: D
     assert desk.admits(first)
     assert not any(desk.admits() for _ in range(10))
     assert desk.open_seconds() == 30
+    assert desk.breakers.due_at("acme") - desk.clock.now() == 5, "how that ends is known long before"
     assert not desk.breakers.record("acme", first, [SENT])
     assert all(desk.admits() for _ in range(10))
     assert (desk.count("opened", "connection"), desk.count("closed", "connection")) == (1, 1)
