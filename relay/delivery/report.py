@@ -33,11 +33,12 @@ _AT_ONCE = 20
 
 class Report(NamedTuple):
     """A report to be queued, or None where nobody may be told; what it says of whom; and the claim to settle, which remembers who was
-    warned of a delay."""
+    warned of a delay. `fault`: why there is none although there should be."""
 
     claim: Claim
     draft: Draft | None = None
     told: Sequence[Notice] = ()
+    fault: str = ""
 
     def addresses(self, action: Action) -> tuple[str, ...]:
         """The recipients who it says had this fate."""

@@ -5,6 +5,7 @@ has expired fails with the last reply it got. An attempt that was not made does 
 """
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -83,6 +84,15 @@ def give_up(claim: Claim, outcome: Outcome) -> Plan:
     """The end of a message that nobody tries any more, for the reason in `outcome`; a deferred one says that its time is up."""
     recipients = claim.envelope.recipients
     return Plan(dict.fromkeys((r.address for r in recipients), _expired(outcome)), None, [(r, outcome) for r in recipients])
+
+
+def unreported(decided: Plan, lane: Lane, reason: str) -> Plan:
+    """The same where its report cannot be made: who failed stays, held until a person has seen it. Who waits is held with them."""
+    if not decided.failed:
+        return decided
+    failed = {recipient.address for recipient, _ in decided.failed}
+    outcomes = {who: o._replace(status=Status.DEFERRED) if who in failed else o for who, o in decided.outcomes.items()}
+    return Plan(outcomes, Next(inf, lane, held=reason), ())
 
 
 def _reopens(when: float, *, now: float, jitter: float) -> float:

@@ -15,7 +15,7 @@ from relay.config.model import Config, Retry
 from relay.delivery.attempt import Result, for_everybody
 from relay.delivery.breaker import Breakers
 from relay.delivery.report import Report, Reporter
-from relay.delivery.retry import Plan, give_up, plan
+from relay.delivery.retry import Plan, give_up, plan, unreported
 from relay.delivery.verdict import Verdicts
 from relay.delivery.verified import Verified
 from relay.mail.bounce import Action
@@ -29,6 +29,9 @@ from relay.spool.base import Claim, Lane, LeaseLost, Next, Settlement, Spool, Sp
 from relay.spool.wait import Waits
 
 _AGAIN_SECONDS = 1.0
+
+#: What makes a report fail may pass, such as a lack of memory. Longer than this, it would keep a relay that stops from its end.
+_REPORT_TRIES = 10
 
 #: Until it is so old, a message that waits for an open breaker has not been told of: the shortest time that one is open.
 _NEW_SECONDS = 30.0
@@ -152,6 +155,8 @@ class Settler:
             self._tell_upstream(claim, result)
             return []
         report = await self._report(claim, decided, header_block=result.header_block, given_up=given_up)
+        if report.fault:
+            decided = unreported(decided, claim.lane, f"the report to its sender cannot be made, see the log: {report.fault}")
         # Mail that waits for an open breaker is put off again and again: that is told once, not every time.
         news = result.tried or decided.fallback != "" or decided.next is None or self._clock.now() < claim.created + _NEW_SECONDS
         settlement = Settlement(report.claim, decided.outcomes, decided.next, report.draft, tried=news, used=result.used)
@@ -164,7 +169,7 @@ class Settler:
         self._tell_upstream(claim, result)
         told = report.addresses(Action.FAILED)
         self._tell_untold(claim, [r for r, _ in decided.failed if r.address not in told])
-        due = [decided.next] if decided.next is not None else []
+        due = [decided.next] if decided.next is not None and not decided.next.held else []
         return [*due, *self._tell_report(report)]
 
     async def _move(self, claim: Claim, result: Result) -> list[Next]:
@@ -174,23 +179,21 @@ class Settler:
             return []
         if not result.moved.held:
             return [result.moved]
-        self._journal.held(
-            id=claim.id, route=claim.lane.route, upstream=claim.lane.upstream, sender=claim.envelope.sender or "<>",
-            recipients=_names(claim.envelope.recipients), reason=result.moved.held,
-        )  # fmt: skip
+        self._tell_held(claim, claim.envelope.recipients, result.moved.held)
         return []
 
     async def _report(self, claim: Claim, decided: Plan, *, header_block: bytes = b"", given_up: str = "") -> Report:
-        """What the sender is told of it; made again and again where that fails, as `_store` does, and for the same reason."""
-        failures = 0
-        while True:
+        """What the sender is told of it; where that fails, made some times again. Has a `fault` where it cannot be made."""
+        fault = ""
+        for left in reversed(range(_REPORT_TRIES)):
             try:
                 return await self._reporter.report(claim, decided, header_block=header_block, given_up=given_up)
             except Exception as error:  # law 9
-                failures += 1
-                if failures.bit_count() == 1:
-                    self._journal.fault("a report to a sender, trying again", error, id=claim.id)
-                await asyncio.sleep(_AGAIN_SECONDS)
+                if left in (0, _REPORT_TRIES - 1):
+                    self._journal.fault(f"a report to a sender, {'trying again' if left else 'given up'}", error, id=claim.id)
+                fault = str(error) or type(error).__name__
+            await asyncio.sleep(_AGAIN_SECONDS if left else 0)
+        return Report(claim, fault=fault)
 
     async def _store(self, settlement: Settlement) -> bool:
         """Settle, again and again while the spool cannot write: forgetting the outcome would send the message twice. Told each time half
@@ -239,11 +242,20 @@ class Settler:
             return
         then = decided.next
         assert then is not None, "a deferred recipient has a next time"
+        if then.held:
+            self._tell_held(claim, recipients, then.held)
+            return
         seconds = max(0.0, then.when - self._clock.now())
         self._journal.deferred(
             id=id, session=session, route=lane.route, upstream=lane.upstream, sender=sender, recipients=names, size=size, reply=reply,
             attempt=claim.attempt, delay=delay, in_doubt=outcome.in_doubt or any(r.in_doubt for r in recipients),
             next_try=f"fallback {then.lane.upstream}, now" if decided.fallback else f"in {seconds:.0f} s at {then.lane.upstream}",
+        )  # fmt: skip
+
+    def _tell_held(self, claim: Claim, recipients: Sequence[Recipient], reason: str) -> None:
+        self._journal.held(
+            id=claim.id, route=claim.lane.route, upstream=claim.lane.upstream, sender=claim.envelope.sender or "<>",
+            recipients=_names(recipients), reason=reason,
         )  # fmt: skip
 
     def _tell_report(self, report: Report) -> list[Next]:

@@ -1,5 +1,6 @@
 """The end of an attempt: stored once and whole, the sender told once, every event said once."""
 
+import asyncio
 import email
 import random
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -21,7 +22,7 @@ from relay.mail.outcome import Failure, Outcome, Phase, outcome_of_failure, outc
 from relay.mail.reply import Reply
 from relay.observe.metrics import Metrics
 from relay.routing import Router
-from relay.spool.base import Claim, Content, Draft, Lane, MessageId, Next, Settlement, SpoolError, SpoolFull
+from relay.spool.base import Claim, Content, Draft, Lane, MessageId, Next, Selection, Settlement, SpoolError, SpoolFull
 from relay.spool.memory import MemorySpool
 from tests.unit.delivery import LANE, PREFIX, SENT, Log, config_of
 
@@ -244,7 +245,31 @@ async def test_a_report_that_cannot_be_made_is_made_later(house: House, monkeypa
     claim = await house.claim()
     monkeypatch.setattr(house.spool, "new_id", new_id)
     await house.settle(claim, REFUSED)
-    assert house.log.names() == ["fault", "fault", "failed", "bounced"], "after 1 and 2"
+    assert house.log.names() == ["fault", "failed", "bounced"]
+
+
+async def test_mail_whose_report_cannot_be_made_at_all_is_held_with_those_who_failed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settle, "_AGAIN_SECONDS", 0.0)
+    claim = await house.claim("a@example.org", "b@example.org")
+    monkeypatch.setattr(house.spool, "new_id", lambda: 1 / 0)
+    async with asyncio.timeout(10):
+        assert await house.settle(claim, {"a@example.org": SENT, "b@example.org": REFUSED}) == []
+    (held,) = await house.spool.take(Selection(), 10)
+    assert [r.address for r in held.envelope.recipients] == ["b@example.org"]
+    assert held.held == "the report to its sender cannot be made, see the log: division by zero"
+    assert house.log.names() == ["fault", "fault", "sent", "held"]
+    (event,) = house.log.events("held")
+    assert (event["recipients"], event["reply"]) == ("b@example.org", held.held)
+
+
+async def test_mail_that_was_sent_is_not_held_for_its_report(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settle, "_AGAIN_SECONDS", 0.0)
+    claim = await house.claim(Recipient("a@example.org", "SUCCESS"))
+    monkeypatch.setattr(house.spool, "new_id", lambda: 1 / 0)
+    async with asyncio.timeout(10):
+        assert await house.settle(claim, SENT) == []
+    assert not await house.spool.take(Selection(), 10)
+    assert house.log.names() == ["fault", "fault", "sent"]
 
 
 async def test_a_report_whose_sender_has_no_route_any_more_stays_in_the_lane_it_came_from(house: House) -> None:
