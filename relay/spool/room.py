@@ -4,7 +4,7 @@ A limit is compared with numbers that are at hand: the sizes of the queued messa
 of the last look. A fault stays until the very thing that failed has worked again, in earnest or in a probe; something else that works
 proves nothing.
 
-State: those numbers, the time of the last look, and the faults. Law: asking costs no I/O.
+State: those numbers, the time of the last look, the faults, and which files must stay where they are. Law: asking costs no I/O.
 """
 
 import os
@@ -34,6 +34,7 @@ class Room:
         self._look_at = 0.0  # monotonic seconds
         self._faults: dict[str, SpoolError] = {}
         self._probes: dict[str, Callable[[], None]] = {}
+        self._kept: dict[Path, tuple[int, int]] = {}
 
     def obstacle(self, size: int = 0) -> SpoolError | None:
         """Why a message of so many octets cannot be taken now, or None."""
@@ -64,13 +65,28 @@ class Room:
         """Have `probe` called, once a second, while `part` has a fault. It says what it finds to `failed` or `works`."""
         self._probes[part] = probe
 
+    def keep(self, path: Path) -> None:
+        """Take mail only while `path` is the file that it is now: what goes into one that was removed is gone after a restart."""
+        if (found := _identity(path)) is not None:
+            self._kept[path] = found
+            self.watch(str(path), lambda: None)  # every look sees it
+
     def look(self) -> None:
-        """See how much is free, and whether what failed still does; not more often than once a second. Blocks: not for the loop."""
+        """See how much is free, whether what failed still does, and whether the files are there; not more often than once a second.
+        Blocks: not for the loop."""
         now = self._clock.monotonic()
         if now < self._look_at:
             return
         self._look_at = now + LOOK_SECONDS
         self.measure()
+        for path, known in self._kept.items():
+            if _identity(path) == known:
+                self.works(str(path))
+            else:
+                self.failed(
+                    str(path),
+                    SpoolError(f"{path} was removed or replaced while it was in use; put it back: what waits in it is gone with a restart"),
+                )
         for part in tuple(self._faults):
             self._probes[part]()
 
@@ -82,6 +98,14 @@ class Room:
             return  # what fails for good will fail a write, and that is reported
         no_files = found.f_files > 0 and found.f_favail == 0  # some file systems count none
         self._free_bytes = 0 if no_files else found.f_bavail * found.f_frsize
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _words(size: float) -> str:

@@ -102,6 +102,8 @@ class SqliteSpool:
         self._leases: dict[MessageId, Lease] = {}  # of the claims that this process has given out
         self._batches = Batches(self._database, self._room, quick=(self._rows.put, self._rows.end))
         self._room.watch(_CHECKPOINT, self._housekeep)
+        for name in (sql.DATABASE, f"{sql.DATABASE}-wal"):
+            self._room.keep(directory / name)
         self._room.look()
         self._commits = GroupCommit(self._batches.prepare, self._commit, self._rest)
 

@@ -374,6 +374,30 @@ async def test_a_lease_that_could_not_be_ended_is_ended_later(tmp_path: Path, mo
     await spool.close()
 
 
+@pytest.mark.parametrize("name", [sql.DATABASE, f"{sql.DATABASE}-wal"])
+async def test_no_mail_is_taken_into_a_file_that_was_removed_until_it_is_back(tmp_path: Path, name: str) -> None:
+    clock = ManualClock()
+    spool = open_spool(tmp_path / "spool", clock)
+    path, aside = tmp_path / "spool" / name, tmp_path / "aside"
+    path.rename(aside)
+    await put_next_second(spool, clock)
+    assert f"{path} was removed or replaced" in (spool.unhealthy() or "")
+    path.touch()
+    await put_next_second(spool, clock)
+    assert spool.unhealthy(), "another one of this name is no help"
+    aside.rename(path)
+    await put_next_second(spool, clock)
+    assert spool.unhealthy() is None
+    await spool.close()
+
+
+async def put_next_second(spool: SqliteSpool, clock: ManualClock) -> None:
+    """The thread looks at the disk behind its commit: so the second one finds that done."""
+    clock.advance(1)
+    for _ in range(2):
+        await spool.put([draft(spool)], [False])
+
+
 @pytest.mark.parametrize("step", ["write", "fsync"])
 async def test_a_full_disk_for_files_takes_nothing(
     spool: SqliteSpool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
