@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from relay import __version__
-from relay.cli.options import EX_TEMPFAIL, EX_USAGE, add_config, add_unavailable, fail
+from relay.cli.options import EX_TEMPFAIL, EX_USAGE, add_config, add_unavailable, fail, write_no_more
 
 _EX_INTERRUPTED = 130  # 128 and the number of SIGINT, as a shell says it
 
@@ -57,12 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _answer(parser, arguments, options)
     except BrokenPipeError:  # the reader of a listing has gone
-        _write_no_more()
+        write_no_more()
         return 0
     except OSError as error:
         if error.errno not in _OUTPUT_ERRORS or error.filename is not None:
             raise
-        _write_no_more()
+        write_no_more()
         return fail(f"{f'relay {options.command}'.rstrip()}: the output cannot be written: {error.strerror}", EX_TEMPFAIL)
     except KeyboardInterrupt:
         return _EX_INTERRUPTED
@@ -90,8 +90,3 @@ def _open_what_is_closed() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
-
-
-def _write_no_more() -> None:
-    """Nothing may be written at exit either."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

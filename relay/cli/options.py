@@ -1,6 +1,7 @@
 """What several commands have in common: exit codes, where the configuration is, and the word for a command that is not built."""
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -13,6 +14,11 @@ def fail(text: str, code: int) -> int:
     """Say what is wrong, and return the exit code."""
     print(text, file=sys.stderr)
     return code
+
+
+def write_no_more() -> None:
+    """Standard output leads nowhere from here on: nothing may be written at exit either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

@@ -6,11 +6,11 @@ that was named was left alone; 75: no relay runs, or it could not do it.
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relay.cli.options import EX_FAILED, EX_TEMPFAIL, EX_USAGE, fail
+from relay.cli.options import EX_FAILED, EX_TEMPFAIL, EX_USAGE, fail, write_no_more
 from relay.cli.selection import STATES, add_filters, with_places
 
 if TYPE_CHECKING:
@@ -78,21 +78,31 @@ def _carry_out(control: Path, conditions: dict[str, Any], options: argparse.Name
 
     changed, skipped = 0, set()
     for answer in ask(control, {"verb": options.verb, "selection": conditions, "reason": options.reason}):
+        lines: list[str] = []
         for message, result, why in _results(answer, options.done):
             if why:
                 skipped.add(message)
             else:
                 changed += 1
-            if options.json:
-                print(as_json({"id": message, "result": result, "why": why}))
-            else:
-                print(f"{message}  {result}{': ' if why else ''}{why}")
-        sys.stdout.flush()
+            lines.append(
+                as_json({"id": message, "result": result, "why": why}) if options.json else f"{message}  {result}{': ' if why else ''}{why}"
+            )
+        _print(lines)
     if not options.json:
         rest = f", {len(skipped)} left alone" if skipped else ""
         nothing = "queue is empty" if options.all else "nothing in the queue is like that"
-        print(f"{counted(changed, 'message')} {options.done}{rest}" if changed or skipped else nothing)
+        _print([f"{counted(changed, 'message')} {options.done}{rest}" if changed or skipped else nothing])
     return EX_FAILED if skipped & set(options.ids) else 0
+
+
+def _print(lines: Iterable[str]) -> None:
+    """Tell it now. Where the reader has gone, such as `head`, the order is carried out and the exit code says how it ended."""
+    try:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        write_no_more()
 
 
 def _results(answer: dict[str, Any], done: str) -> Iterator[tuple[str, str, str]]:

@@ -1,7 +1,10 @@
 """`relay queue hold` and its like: what is asked of the relay, what is printed, what is asked of a person, and answers that are none."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -184,3 +187,16 @@ def test_the_socket_is_found_through_the_configuration(tmp_path: Path, capsys: p
     file.write_text("control: [x]")
     assert main(["queue", "hold", "--all", "-c", str(file)]) == 78
     assert "control: must be the path of a socket" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("end", "code"), [(END, 1), ({**END, "error": "the relay is stopping"}, 75)])
+def test_an_order_whose_report_nobody_reads_is_carried_out_and_its_exit_code_is_right(
+    relay: Answerer, tmp_path: Path, end: dict[str, Any], code: int
+) -> None:
+    relay.will_say({**MORE, "changed": [TWO]}, {**MORE, "changed": [], "skipped": {ONE: "being attempted"}}, end)
+    command = [sys.executable, "-c", "import sys; from relay.cli import main; sys.exit(main())"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*command, "queue", "retry", ONE, TWO, "--spool", tmp_path], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr.decode()) == (code, "relay queue retry: the relay is stopping\n" if code == 75 else "")
