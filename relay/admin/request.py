@@ -40,7 +40,7 @@ def parse_request(line: bytes, *, by: str) -> Order | Selection:
     selection = _selection(request.get("selection"))
     if verb == _COUNT:
         return selection
-    return Order(Verb(verb), selection, _reason(request.get("reason", "")), by)
+    return Order(Verb(verb), selection, parse_reason(request.get("reason", "")), by)
 
 
 def _object(line: bytes) -> dict[str, Any]:
@@ -115,7 +115,8 @@ _CONDITIONS: Final[Mapping[str, Callable[[str, object], Any]]] = {
 }
 
 
-def _reason(value: object) -> str:
+def parse_reason(value: object) -> str:
+    """Why an operator does something, for a line of the logs and of a report. Raises Refused."""
     if not isinstance(value, str):
         raise Refused("reason must be text")
     if len(value) > _REASON_LIMIT:

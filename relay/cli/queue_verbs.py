@@ -35,10 +35,21 @@ def add_parsers(verbs: Any) -> None:
         parser = verbs.add_parser(verb, help=purpose, description=f"{purpose.capitalize()}. {details}")
         add_filters(parser, states=STATES)
         parser.add_argument("--all", action="store_true", help="all that is queued")
-        parser.add_argument("--reason", metavar="TEXT", default="", help="why, for the logs; with hold and bounce also in the report")
+        parser.add_argument(
+            "--reason", metavar="TEXT", type=_reason, default="", help="why, for the logs; with hold and bounce also in the report"
+        )
         if verb in _FINAL:
             parser.add_argument("--yes", action="store_true", help="do not ask, also on a terminal")
         parser.set_defaults(run=run, done=done)
+
+
+def _reason(text: str) -> str:
+    from relay.admin.request import parse_reason
+
+    try:
+        return parse_reason(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run(options: argparse.Namespace) -> int:

@@ -200,3 +200,14 @@ def test_an_order_whose_report_nobody_reads_is_carried_out_and_its_exit_code_is_
     done = subprocess.run([*command, "queue", "retry", ONE, TWO, "--spool", tmp_path], stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr.decode()) == (code, "relay queue retry: the relay is stopping\n" if code == 75 else "")
+
+
+@pytest.mark.parametrize("reason", ["two\nlines", "x" * 501])
+def test_a_reason_that_no_relay_would_take_is_a_mistake_of_who_gives_it(
+    run: Run, relay: Answerer, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("hold", "--all", "--reason", reason)
+    assert ended.value.code == 64
+    assert "argument --reason: the reason must" in capsys.readouterr().err
+    assert relay.requests == []
