@@ -7,6 +7,7 @@ snapshot: a message that leaves meanwhile may be in it or not, none is in it twi
 State: one read-only connection.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -25,6 +26,8 @@ from relay.spool.sqlite_schema import DATABASE, SCHEMA_VERSION, STATE, condition
 _PAGE_ROWS = 500
 _BUSY_MILLISECONDS = 5000
 _ADVICE = "; run this as the user that relay runs as"
+# SQLite keeps an index of the log beside the database, also for those who only read; the last one to leave removes it.
+_COPY = "; its file system is read-only: copy the directory to where you can write, and name the copy with --spool"
 
 #: Schemas that can be read. The first had no `report` in its log, the second no table of what quotas have used.
 _READABLE = (1, 2, SCHEMA_VERSION)
@@ -193,5 +196,7 @@ def _queued(row: Any) -> Queued:
 
 
 def _unreadable(directory: Path, error: apsw.Error) -> SpoolError:
-    advice = _ADVICE if isinstance(error, apsw.CantOpenError | apsw.ReadOnlyError | apsw.PermissionsError) else ""
+    advice = ""
+    if isinstance(error, apsw.CantOpenError | apsw.ReadOnlyError | apsw.PermissionsError):
+        advice = _COPY if os.statvfs(directory).f_flag & os.ST_RDONLY else _ADVICE
     return SpoolError(f"the spool in {directory} cannot be read: {error}{advice}")

@@ -4,6 +4,7 @@ import os
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import apsw
 import pytest
@@ -278,3 +279,14 @@ async def test_what_a_view_leaves_behind_is_no_more_readable_than_the_spool(desk
     assert len([*view.queued()]) == 1
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in desk.directory.glob("spool.db*"))
     desk.spool = SqliteSpool(desk.directory, desk.clock, backoff=lambda attempts: 60.0, keep_log_seconds=3600)
+
+
+def test_on_a_file_system_that_cannot_be_written_the_advice_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "spool.db").symlink_to(tmp_path / "elsewhere" / "spool.db")
+    monkeypatch.setattr(Path, "stat", lambda _: None)  # it is there, and cannot be opened
+    with pytest.raises(SpoolError, match="run this as the user"):
+        SqliteView(tmp_path, ManualClock())
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY))
+    with pytest.raises(SpoolError, match="copy the directory to where you can write"):
+        SqliteView(tmp_path, ManualClock())
