@@ -24,7 +24,7 @@ _client_of = lru_cache(maxsize=8192)(client_of)
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Judgement:
     """What one route made of the facts."""
 
     route: Route
@@ -86,15 +86,15 @@ class Router:
         route = self._by_name.get(name)
         return route.retry if route is not None and route.retry is not None else self._retry
 
-    def explain(self, facts: Facts) -> list[Verdict]:
+    def explain(self, facts: Facts) -> list[Judgement]:
         """Every route up to the first match, with the condition that failed or all that held. Slow: for people."""
-        verdicts = []
+        judgements = []
         for route in self._routes:
             failed = next(_failures(route, facts), "")
-            verdicts.append(Verdict(route, not failed, failed or describe(route)))
+            judgements.append(Judgement(route, not failed, failed or describe(route)))
             if not failed:
                 break
-        return verdicts
+        return judgements
 
     def foresee(self, sender: str, origin: Origin) -> Route | str | None:
         """What is known at MAIL: the route of all recipients, why none can be taken, or None where some might, and some might not.

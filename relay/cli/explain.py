@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from relay.config.upstreams import Upstream
     from relay.mail.envelope import Facts
     from relay.mail.outcome import Phase, Row
-    from relay.routing import Router, Verdict
+    from relay.routing import Judgement, Router
 
-_SHOWN_VERDICTS = 20  # for a person; --json has them all
+_SHOWN_JUDGEMENTS = 20  # for a person; --json has them all
 _HEADER_LIMIT_OCTETS = 1024 * 1024  # what intake takes of a header block
 
 
@@ -125,14 +125,14 @@ def _answer(config: "Config", router: "Router", facts: "Facts", content: bytes |
     """Everything to say about one recipient, in the form of the JSON output."""
     from relay.routing import upstreams_of
 
-    verdicts = router.explain(facts)
-    route = verdicts[-1].route if verdicts and verdicts[-1].matched else None
+    judgements = router.explain(facts)
+    route = judgements[-1].route if judgements and judgements[-1].matched else None
     answer: dict[str, Any] = {
         "sender": facts.sender,
         "recipient": facts.recipient,
         "route": route.name if route else None,
-        "why": verdicts[-1].why if route else "no route takes it",
-        "considered": [_verdict(verdict) for verdict in verdicts],
+        "why": judgements[-1].why if route else "no route takes it",
+        "considered": [_judgement(judgement) for judgement in judgements],
     }
     header = _header(facts, content)
     if reason := _not_the_users(config, facts, header):
@@ -153,8 +153,8 @@ def _not_the_users(config: "Config", facts: "Facts", header: bytes) -> str | Non
     return user_objection(config.users[user].senders, facts.sender, scan(header)) if user else None
 
 
-def _verdict(verdict: "Verdict") -> dict[str, Any]:
-    return {"route": verdict.route.name, "matched": verdict.matched, "why": verdict.why}
+def _judgement(judgement: "Judgement") -> dict[str, Any]:
+    return {"route": judgement.route.name, "matched": judgement.matched, "why": judgement.why}
 
 
 def _at_upstream(config: "Config", router: "Router", route: "Route", name: str, facts: "Facts", header: bytes) -> dict[str, Any]:
@@ -238,10 +238,10 @@ def _as_text(answer: dict[str, Any]) -> str:
         fate = "held" if place else "refused with 550 5.7.1"
         lines += [f"    NOT PERMITTED    {upstream['objection']}: {fate}"] if upstream["objection"] else []
         lines += [f"    {line}" for line in upstream["header"]] or ["    header           unchanged"]
-    others = [verdict for verdict in answer["considered"] if not verdict["matched"]]
+    others = [judgement for judgement in answer["considered"] if not judgement["matched"]]
     lines += ["  routes before it that did not match:" if answer["route"] else "  routes that did not match:"] if others else []
-    lines += [f"    {verdict['route']}: {verdict['why']}" for verdict in others[:_SHOWN_VERDICTS]]
-    lines += [f"    and {len(others) - _SHOWN_VERDICTS} more (--json lists them)"] if len(others) > _SHOWN_VERDICTS else []
+    lines += [f"    {judgement['route']}: {judgement['why']}" for judgement in others[:_SHOWN_JUDGEMENTS]]
+    lines += [f"    and {len(others) - _SHOWN_JUDGEMENTS} more (--json lists them)"] if len(others) > _SHOWN_JUDGEMENTS else []
     return "\n".join(lines)
 
 

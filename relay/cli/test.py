@@ -14,7 +14,7 @@ from relay.cli.options import EX_CONFIG, EX_FAILED, EX_TEMPFAIL, EX_USAGE, fail
 if TYPE_CHECKING:
     from relay.config.model import Config
     from relay.config.upstreams import Upstream
-    from relay.upstream.diagnose import Report, Step, Trouble
+    from relay.upstream.diagnose import FailedStep, Findings, Step
     from relay.upstream.transaction import Outgoing
 
 _CLEAR = "\r\x1b[K"
@@ -168,7 +168,7 @@ class _Screen:
         print(f"{name}{provider}: {', '.join(upstream.host)}, port {upstream.port}, security {upstream.security}, {login}")
         self._wait()
 
-    def told(self, host: str, address: str, step: "Step | Trouble") -> None:
+    def told(self, host: str, address: str, step: "Step | FailedStep") -> None:
         from relay.upstream.diagnose import Step
 
         if self._quiet:
@@ -200,7 +200,7 @@ def _milliseconds(seconds: float | None) -> str:
 
 
 def _conclusion(
-    name: str, upstream: "Upstream", report: "Report", *, sent_to: str | None, unrecorded: str
+    name: str, upstream: "Upstream", report: "Findings", *, sent_to: str | None, unrecorded: str
 ) -> list[str]:  # fmt: skip
     lines = [f"note: {remark}" for remark in (*report.remarks, unrecorded) if remark]
     if report.ok:
@@ -214,7 +214,7 @@ def _conclusion(
     return [*lines, f"{upstream.provider} says: {diagnosis.help}"] if diagnosis.help else lines
 
 
-def _as_json(name: str, report: "Report", unrecorded: str) -> str:
+def _as_json(name: str, report: "Findings", unrecorded: str) -> str:
     import json
 
     answer: dict[str, Any] = {
@@ -240,7 +240,7 @@ def _as_json(name: str, report: "Report", unrecorded: str) -> str:
     return json.dumps(answer, indent=2, ensure_ascii=False)
 
 
-def _trouble(trouble: "Trouble") -> dict[str, Any]:
+def _trouble(trouble: "FailedStep") -> dict[str, Any]:
     diagnosis = trouble.diagnosis
     return {
         "phase": trouble.phase.value,

@@ -84,7 +84,7 @@ class _Trouble:
         return max((c for c in (self.way, self.login) if c.open_seconds), key=lambda c: c.until, default=None)
 
 
-class Trouble(NamedTuple):
+class FailingUpstream(NamedTuple):
     """An upstream that fails, for people: what does, since when (epoch), how often in a row, and seconds until it is tried; 0: now."""
 
     upstream: str
@@ -177,11 +177,13 @@ class Breakers:
             for circuit in (trouble.way, trouble.login):
                 circuit.until = min(circuit.until, self._clock.monotonic())
 
-    def troubles(self) -> list[Trouble]:
+    def troubles(self) -> list[FailingUpstream]:
         """Every upstream that fails at the moment, for people."""
         now = self._clock.monotonic()
         return [
-            Trouble(name, c.kind.name, self._epoch(c.since), c.failures, max(0.0, c.until - now) if c.open_seconds else 0.0, c.reply)
+            FailingUpstream(
+                name, c.kind.name, self._epoch(c.since), c.failures, max(0.0, c.until - now) if c.open_seconds else 0.0, c.reply
+            )
             for name, trouble in self._troubles.items()
             for c in trouble.failing
         ]

@@ -38,7 +38,7 @@ class Pair(NamedTuple):
     key: Path | None
 
 
-class Look(NamedTuple):
+class Loaded(NamedTuple):
     """What the files came to: a context, or what is wrong with them."""
 
     stamp: _Stamp
@@ -63,7 +63,7 @@ class Certificate:
         self._suspect: _Stamp = ()
         self._told = ""
         self._timer: asyncio.TimerHandle | None = None
-        self._looking: asyncio.Future[Look | None] | None = None
+        self._looking: asyncio.Future[Loaded | None] | None = None
 
     async def open(self) -> None:
         """Load it, and look at its files from now on. Raises OSError."""
@@ -113,7 +113,7 @@ class Certificate:
     def _fail(self, error: BaseException) -> None:
         self._journal.fault(f"looking at the certificate of listener {self._settings.name}", error)
 
-    def _looked(self, looking: "asyncio.Future[Look | None]") -> None:
+    def _looked(self, looking: "asyncio.Future[Loaded | None]") -> None:
         self._looking = None
         if self._timer is None or looking.cancelled():
             return
@@ -135,18 +135,18 @@ class Certificate:
             self._journal.note("error", f"{what}: {look.fault}")
 
 
-def _look(pair: Pair, minimum: str, known: _Stamp) -> Look | None:
+def _look(pair: Pair, minimum: str, known: _Stamp) -> Loaded | None:
     """The files as they are now; None when they are those that are known. In a thread."""
     stamp = _stamp(pair)
     if stamp == known:
         return None
     if fault := pair_fault(*pair):
-        return Look(stamp, None, fault)
+        return Loaded(stamp, None, fault)
     try:
         context = _context(pair, minimum)
     except OSError as error:  # changed since then
-        return Look(stamp, None, str(error))
-    return Look(stamp, context) if _stamp(pair) == stamp else Look(stamp, None, "its files change while they are read")
+        return Loaded(stamp, None, str(error))
+    return Loaded(stamp, context) if _stamp(pair) == stamp else Loaded(stamp, None, "its files change while they are read")
 
 
 def _stamp(pair: Pair) -> _Stamp:

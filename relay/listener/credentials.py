@@ -41,7 +41,7 @@ _FORGET_SECONDS = 900.0
 _FAILURES = 4096
 
 
-class Verdict(Enum):
+class LoginResult(Enum):
     """What became of a login."""
 
     RIGHT = "right"
@@ -87,25 +87,25 @@ class Credentials:
         """Whether this is right, as far as that can be told at once."""
         return not self._failures.weigh(_key(given, client), self._clock.monotonic()) and self._is_known(given)
 
-    async def verify(self, given: Given, client: str) -> Verdict:
+    async def verify(self, given: Given, client: str) -> LoginResult:
         """Look at a login in its turn. Wrong ones are told when their time has come."""
         if self.known(given, client):
-            return Verdict.RIGHT
+            return LoginResult.RIGHT
         key, now = _key(given, client), self._clock.monotonic()
         turn = self._failures.turn(key, now)
         if turn is None:
-            return Verdict.BUSY
+            return LoginResult.BUSY
         await self._pause(turn - now)
         begun = max(turn, self._clock.monotonic())
         right = None if self._stopped.is_set() else await self._is_right(given, key[0])
         if right is None:
-            return Verdict.BUSY
+            return LoginResult.BUSY
         if right:
             self._failures.forget(key)
-            return Verdict.RIGHT
+            return LoginResult.RIGHT
         until = self._failures.add(key, begun)
         await self._pause(until - self._clock.monotonic())
-        return Verdict.WRONG
+        return LoginResult.WRONG
 
     def stop(self) -> None:
         """Let nobody wait any longer."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from relay.config.listeners import LOOPBACK, Listener
 from relay.config.values import client_of, is_from
 from relay.listener.access import Peer
-from relay.listener.credentials import Credentials, Verdict
+from relay.listener.credentials import Credentials, LoginResult
 from relay.listener.login import Given
 from relay.listener.refusals import reason_of
 from relay.mail.envelope import Origin
@@ -62,12 +62,12 @@ class Logins:
 
     async def verify(self, given: Given, origin: Origin) -> Reply:
         """The reply to a login, in its time."""
-        verdict = Verdict.WRONG
+        result = LoginResult.WRONG
         if self._credentials is not None:
-            verdict = await self._credentials.verify(given, origin.client)
-        if verdict is Verdict.RIGHT:
+            result = await self._credentials.verify(given, origin.client)
+        if result is LoginResult.RIGHT:
             return LOGGED_IN
-        if verdict is Verdict.BUSY:
+        if result is LoginResult.BUSY:
             return self._refused(_LATER, origin)
         self._count(reason_of(_FAILED))
         self._journal.login_failed(

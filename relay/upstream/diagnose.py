@@ -56,7 +56,7 @@ class Step(NamedTuple):
     facts: Mapping[str, Any] = _NO_FACTS
 
 
-class Trouble(NamedTuple):
+class FailedStep(NamedTuple):
     """A step that failed. `seconds`: how long it took to."""
 
     phase: Phase
@@ -71,11 +71,11 @@ class Trial(NamedTuple):
     host: str
     address: str
     steps: Sequence[Step]
-    trouble: Trouble | None = None
+    trouble: FailedStep | None = None
     complete: bool = False
 
 
-class Report(NamedTuple):
+class Findings(NamedTuple):
     """All trials. `remarks`: what works and should be looked at all the same."""
 
     trials: Sequence[Trial]
@@ -87,7 +87,7 @@ class Report(NamedTuple):
         return any(trial.complete for trial in self.trials)
 
     @property
-    def trouble(self) -> Trouble | None:
+    def trouble(self) -> FailedStep | None:
         """Of a test that failed, the one to speak of: where it came furthest."""
         if self.ok:
             return None
@@ -97,7 +97,7 @@ class Report(NamedTuple):
 
 
 #: Told of what comes of a host's address, as it comes.
-Told = Callable[[str, str, Step | Trouble], None]
+Told = Callable[[str, str, Step | FailedStep], None]
 
 #: Opens a session to a host with these settings, where these names say it is.
 Open = Callable[[Upstream, str, Names, Witness], Awaitable[Session]]
@@ -123,7 +123,7 @@ class Examination:
         self._untaken = False  # the message was given to somebody, and not taken
         self._remarks: list[str] = []
 
-    async def run(self) -> Report:
+    async def run(self) -> Findings:
         trials = [] if self._tokens is None else await self._get_token(self._tokens)
         for host in self._upstream.host:
             trials += await self._try_host(host)
@@ -133,7 +133,7 @@ class Examination:
                     where = f"{trial.host} ({trial.address})" if trial.address else trial.host
                     self._remarks.append(f"mail can go, but not by {where}: {trial.trouble.diagnosis.what}")
             self._remark_settings()
-        return Report(trials, tuple(dict.fromkeys(self._remarks)))
+        return Findings(trials, tuple(dict.fromkeys(self._remarks)))
 
     def _remark_settings(self) -> None:
         if self._upstream.security == "none" and self._upstream.logs_in:
@@ -261,7 +261,7 @@ class Examination:
     async def _explain(
         self, outcome: Outcome, failure: Failure | None, host: str, address: str, seconds: float, seen: Seen, *,
         meaning: Meaning | None = None,
-    ) -> Trouble:  # fmt: skip
+    ) -> FailedStep:  # fmt: skip
         upstream, reply = self._upstream, outcome.reply
         if meaning is None:
             meaning = row_for(outcome.phase, failure or reply, own=upstream.replies).meaning if failure or reply.code else Meaning.OTHER
@@ -271,7 +271,7 @@ class Examination:
         look = await self._look_again(outcome.phase, failure, address, host)
         case = Case(upstream, host, address, outcome.phase, reply, failure, meaning, here, bool(seen.here), seen.extensions, look)
         provider = upstream.known.help
-        trouble = Trouble(outcome.phase, seconds, reply, diagnose(case, name=self._name, provider_help=provider))
+        trouble = FailedStep(outcome.phase, seconds, reply, diagnose(case, name=self._name, provider_help=provider))
         self._told(host, address, trouble)
         return trouble
 
@@ -366,7 +366,7 @@ def _offers(extensions: Mapping[str, str]) -> str:
 
 async def examine(
     name: str, upstream: Upstream, *, ehlo: str, told: Told, message: Outgoing | None = None, store: TokenStore | None = None
-) -> Report:
+) -> Findings:
     """Examine `upstream`, called `name`, as the relay would use it. `store`: its refresh token, where it has `oauth2`."""
     clock = SystemClock()
     contexts = Contexts(clock=clock, note=_unheard)

@@ -13,7 +13,7 @@ import pytest
 from relay.cli import main
 from relay.config.encryption import keys_at
 from relay.config.upstreams import Upstream
-from relay.upstream.diagnose import Report, examine
+from relay.upstream.diagnose import Findings, examine
 from relay.upstream.token_store import TokenStore
 from tests.support.certificates import Authority
 from tests.support.token_server import Answer, TokenServer, refused
@@ -26,7 +26,7 @@ LOGIN = {"username": USER, "password": SECRET}
 HASTY = {"connect": "1s", "command": "1s", "data": "1s", "final": "1s"}
 
 
-async def examined(upstream: Upstream, **more: Any) -> Report:
+async def examined(upstream: Upstream, **more: Any) -> Findings:
     report = await examine("acme", upstream, ehlo="relay.example.net", told=lambda *_: None, **more)
     assert SECRET not in repr(report)
     return report
@@ -38,7 +38,7 @@ async def cause_of(upstream: Upstream, **more: Any) -> str:
     return report.trouble.diagnosis.cause
 
 
-def steps_of(report: Report) -> list[str]:
+def steps_of(report: Findings) -> list[str]:
     return [step.name for trial in report.trials for step in trial.steps]
 
 
@@ -230,7 +230,7 @@ async def token_server(tls: Authority, monkeypatch: pytest.MonkeyPatch) -> Async
         yield server
 
 
-async def with_token(server: ScriptedUpstream, tokens: TokenServer, directory: Path) -> Report:
+async def with_token(server: ScriptedUpstream, tokens: TokenServer, directory: Path) -> Findings:
     upstream = settings(server, username=USER, oauth2=tokens.settings())
     report = await examined(upstream, store=TokenStore(directory, keys_at(None, {}), note=lambda _: None))
     assert "unseen" not in repr(report), "tokens are secrets, too"

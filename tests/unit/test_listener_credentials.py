@@ -17,7 +17,7 @@ from relay.config.listeners import User
 from relay.config.password import ScryptHash, hash_password
 from relay.config.secrets import Secret
 from relay.listener import credentials as module
-from relay.listener.credentials import Credentials, Failures, Verdict, growing_delay
+from relay.listener.credentials import Credentials, Failures, LoginResult, growing_delay
 from relay.listener.login import Given
 from tests.support.eventually import eventually
 
@@ -63,20 +63,20 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[ScryptHash]:
 @pytest.mark.parametrize(
     ("user", "password", "verdict"),
     [
-        ("erp", "s3cret", Verdict.RIGHT),
-        ("crm", "s3cret", Verdict.RIGHT),
-        ("dms", "s3cret", Verdict.RIGHT),
-        ("erp", "wrong", Verdict.WRONG),
-        ("crm", "wrong", Verdict.WRONG),
-        ("ERP", "s3cret", Verdict.WRONG),
-        ("erp", "", Verdict.WRONG),
-        ("crm", "", Verdict.WRONG),
-        ("", "s3cret", Verdict.WRONG),
-        ("", "", Verdict.WRONG),
-        ("nobody", "s3cret", Verdict.WRONG),
+        ("erp", "s3cret", LoginResult.RIGHT),
+        ("crm", "s3cret", LoginResult.RIGHT),
+        ("dms", "s3cret", LoginResult.RIGHT),
+        ("erp", "wrong", LoginResult.WRONG),
+        ("crm", "wrong", LoginResult.WRONG),
+        ("ERP", "s3cret", LoginResult.WRONG),
+        ("erp", "", LoginResult.WRONG),
+        ("crm", "", LoginResult.WRONG),
+        ("", "s3cret", LoginResult.WRONG),
+        ("", "", LoginResult.WRONG),
+        ("nobody", "s3cret", LoginResult.WRONG),
     ],
 )
-async def test_a_login_is_right_when_name_and_password_are(user: str, password: str, verdict: Verdict, make: Make) -> None:
+async def test_a_login_is_right_when_name_and_password_are(user: str, password: str, verdict: LoginResult, make: Make) -> None:
     assert await make(MIXED).verify(Given(user, password), HOME) is verdict
 
 
@@ -91,7 +91,7 @@ async def test_a_hash_of_nothing_lets_nobody_in(make: Make) -> None:
     credentials = make({"crm": {"password_hash": stored}})
     for _ in range(2):  # and it is not remembered
         assert not credentials.known(Given("crm", ""), HOME)
-        assert await credentials.verify(Given("crm", ""), HOME) is Verdict.WRONG
+        assert await credentials.verify(Given("crm", ""), HOME) is LoginResult.WRONG
 
 
 async def test_a_plain_password_is_answered_at_once_and_a_hash_is_not(make: Make) -> None:
@@ -105,7 +105,7 @@ async def test_a_plain_password_is_answered_at_once_and_a_hash_is_not(make: Make
 async def test_a_right_password_is_remembered_for_five_minutes(make: Make, hashed: list[ScryptHash]) -> None:
     clock = ManualClock()
     credentials = make(MIXED, clock=clock)
-    assert await credentials.verify(Given("crm", "s3cret"), HOME) is Verdict.RIGHT
+    assert await credentials.verify(Given("crm", "s3cret"), HOME) is LoginResult.RIGHT
     clock.advance(299)
     assert credentials.known(Given("crm", "s3cret"), "198.51.100.9")
     assert not credentials.known(Given("crm", "s3crets"), HOME)
@@ -113,7 +113,7 @@ async def test_a_right_password_is_remembered_for_five_minutes(make: Make, hashe
     clock.advance(2)
     assert not credentials.known(Given("crm", "s3cret"), HOME)
     assert len(hashed) == 1
-    assert await credentials.verify(Given("crm", "s3cret"), HOME) is Verdict.RIGHT
+    assert await credentials.verify(Given("crm", "s3cret"), HOME) is LoginResult.RIGHT
     assert len(hashed) == 2
 
 
@@ -129,8 +129,8 @@ async def test_what_is_wrong_costs_the_dearest_hash_whoever_it_is(make: Make, ha
 
 async def test_without_hashes_nothing_is_hashed(make: Make, hashed: list[ScryptHash]) -> None:
     credentials = make(PLAIN)
-    assert await credentials.verify(Given("nobody", "x"), HOME) is Verdict.WRONG
-    assert await credentials.verify(Given("erp", "x"), HOME) is Verdict.WRONG
+    assert await credentials.verify(Given("nobody", "x"), HOME) is LoginResult.WRONG
+    assert await credentials.verify(Given("erp", "x"), HOME) is LoginResult.WRONG
     assert hashed == []
 
 
@@ -151,12 +151,12 @@ async def test_after_a_failure_also_the_right_password_waits_for_its_turn(make: 
     credentials = make(PLAIN, delay=lambda failures: 0.15 * failures)
     loop = asyncio.get_running_loop()
     begun = loop.time()
-    assert await credentials.verify(Given("erp", "wrong"), HOME) is Verdict.WRONG
+    assert await credentials.verify(Given("erp", "wrong"), HOME) is LoginResult.WRONG
     assert loop.time() - begun >= 0.14
     assert not credentials.known(Given("erp", "s3cret"), HOME)
     assert credentials.known(Given("erp", "s3cret"), "198.51.100.9")
     begun = loop.time()
-    assert await credentials.verify(Given("erp", "s3cret"), HOME) is Verdict.RIGHT
+    assert await credentials.verify(Given("erp", "s3cret"), HOME) is LoginResult.RIGHT
     assert loop.time() - begun >= 0.14
     assert credentials.known(Given("erp", "s3cret"), HOME)
 
@@ -183,9 +183,9 @@ async def test_a_line_that_is_too_long_is_not_joined(make: Make, hashed: list[Sc
     tasks = [asyncio.create_task(credentials.verify(Given("crm", "wrong"), HOME)) for _ in range(3)]
     await eventually(lambda: len(hashed) == 4, "the others to be looked at")
     credentials._failures.add((HOME, "crm"), 60.0)
-    assert await credentials.verify(Given("crm", "s3cret"), HOME) is Verdict.BUSY
+    assert await credentials.verify(Given("crm", "s3cret"), HOME) is LoginResult.BUSY
     credentials.stop()
-    assert await asyncio.gather(*tasks) == [Verdict.WRONG] * 3
+    assert await asyncio.gather(*tasks) == [LoginResult.WRONG] * 3
 
 
 async def test_a_stop_lets_nobody_wait(make: Make) -> None:
@@ -197,8 +197,8 @@ async def test_a_stop_lets_nobody_wait(make: Make) -> None:
     assert not task.done()
     credentials.stop()
     async with asyncio.timeout(20):
-        assert await task is Verdict.WRONG
-        assert await waiting is Verdict.BUSY
+        assert await task is LoginResult.WRONG
+        assert await waiting is LoginResult.BUSY
 
 
 async def test_a_flood_from_one_address_leaves_room_for_the_others(make: Make) -> None:
@@ -206,10 +206,10 @@ async def test_a_flood_from_one_address_leaves_room_for_the_others(make: Make) -
     flood = [asyncio.create_task(credentials.verify(Given(f"user{number}", "guess"), "10.0.0.1")) for number in range(200)]
     await asyncio.sleep(0)
     async with asyncio.timeout(20):
-        assert await credentials.verify(Given("crm", "s3cret"), "10.0.0.2") is Verdict.RIGHT
-        assert (await asyncio.gather(*flood)).count(Verdict.BUSY) == 200 - module._QUEUE_OF_ONE
+        assert await credentials.verify(Given("crm", "s3cret"), "10.0.0.2") is LoginResult.RIGHT
+        assert (await asyncio.gather(*flood)).count(LoginResult.BUSY) == 200 - module._QUEUE_OF_ONE
     async with asyncio.timeout(20):
-        assert await credentials.verify(Given("nobody", "guess"), "10.0.0.1") is Verdict.WRONG
+        assert await credentials.verify(Given("nobody", "guess"), "10.0.0.1") is LoginResult.WRONG
 
 
 async def test_a_flood_waits_in_a_short_queue_and_the_loop_goes_on(make: Make) -> None:
@@ -226,7 +226,7 @@ async def test_a_flood_waits_in_a_short_queue_and_the_loop_goes_on(make: Make) -
     watcher = asyncio.create_task(watch())
     flood = [asyncio.create_task(credentials.verify(Given("dms", str(number)), f"10.0.0.{number}")) for number in range(module._QUEUE + 20)]
     done, pending = await asyncio.wait(flood, timeout=1)
-    assert [task.result() for task in done].count(Verdict.BUSY) == 20
+    assert [task.result() for task in done].count(LoginResult.BUSY) == 20
     running = [thread for thread in threading.enumerate() if thread.name.startswith("logins")]
     assert 1 <= len(running) <= 2
     watcher.cancel()
@@ -314,13 +314,13 @@ async def test_a_changed_password_and_a_changed_hash_are_right_and_the_old_ones_
     credentials = make(in_files(tmp_path, {**PLAIN, "crm": {"password_hash": CHEAP}}))
     assert [use.name for use in credentials.uses()] == ["user erp: its password", "user crm: its password_hash"]
     for user in ("erp", "crm"):
-        assert await credentials.verify(Given(user, "s3cret"), HOME) is Verdict.RIGHT
+        assert await credentials.verify(Given(user, "s3cret"), HOME) is LoginResult.RIGHT
     assert exchange(credentials, "another", user="erp")
     assert exchange(credentials, hash_password("another"), user="crm")
     for user in ("erp", "crm"):
         assert not credentials.known(Given(user, "s3cret"), HOME)
-        assert await credentials.verify(Given(user, "s3cret"), HOME) is Verdict.WRONG
-        assert await credentials.verify(Given(user, "another"), "198.51.100.9") is Verdict.RIGHT
+        assert await credentials.verify(Given(user, "s3cret"), HOME) is LoginResult.WRONG
+        assert await credentials.verify(Given(user, "another"), "198.51.100.9") is LoginResult.RIGHT
 
 
 async def test_what_was_right_by_a_hash_that_has_changed_meanwhile_is_wrong_and_is_not_remembered(
@@ -340,7 +340,7 @@ async def test_what_was_right_by_a_hash_that_has_changed_meanwhile_is_wrong_and_
     await eventually(begun.is_set, "the hash to be computed")
     assert exchange(credentials, hash_password("another"), user="crm")
     go.set()
-    assert await verifying is Verdict.WRONG
+    assert await verifying is LoginResult.WRONG
     assert not credentials.known(Given("crm", "s3cret"), "198.51.100.9")
 
 
