@@ -88,7 +88,7 @@ class Dialogue:
         self._peer = peer
         self._client_name = ""
         self._extended = False
-        self._transaction: Transaction | None = None
+        self.transaction: Transaction | None = None
         self._login: Exchange | None = None
         self.chunks: Chunks | None = None  # content that comes by BDAT
         self.expects = COMMANDS
@@ -101,8 +101,7 @@ class Dialogue:
     def answer(self, line: bytes) -> Reply | Later | None:
         """Do one command, given without its LF. None: the reply comes after the chunk that follows. A fault of ours is 451."""
         word, _, argument = line.rstrip(b"\r").partition(b" ")
-        verb = _VERBS.get(word.upper())
-        if verb is None:
+        if (verb := _VERBS.get(word.upper())) is None:
             return self.foreign(line) or _UNKNOWN
         try:
             return verb(self, argument.decode("utf-8", "surrogateescape"))
@@ -117,27 +116,27 @@ class Dialogue:
 
     def take_transaction(self) -> Transaction:
         """The transaction whose content has come; the next one may begin."""
-        transaction, self._transaction = self._transaction, None
+        transaction, self.transaction = self.transaction, None
         assert transaction is not None, "content is taken only inside a transaction"
         self.chunks = None
         return transaction
 
     def forget(self) -> None:
         """End the transaction, if there is one: nothing of it is kept."""
-        self._transaction = None
+        self.transaction = None
         if self.chunks is not None:
             self.chunks.discard()
             self.chunks = None
 
     def end_chunk(self) -> Reply | None:
         """The reply to the chunk that has come whole; None where it is the last one, and the content can be taken."""
-        chunks, transaction = self.chunks, self._transaction
+        chunks, transaction = self.chunks, self.transaction
         assert chunks is not None, "a chunk is expected after BDAT only"
         self.expects = COMMANDS
         if chunks.refusal is None and chunks.last:
             return None
         if chunks.refusal is None and chunks.trouble is not None and transaction is not None:
-            chunks.refuse(self.refuse(reply_to(chunks.trouble), transaction.sender or "<>", ",".join(transaction.recipients)))
+            chunks.refuse(self.refuse(reply_to(chunks.trouble)))
         reply = chunks.refusal or _OK
         if chunks.last:
             self.forget()
@@ -166,8 +165,10 @@ class Dialogue:
         self.expects, self.upgrading = COMMANDS, False
 
     def refuse(self, reply: Reply, sender: str = "", recipients: str = "", *, reason: str = "") -> Reply:
-        """Note a refusal in the journal, count it and hand it on. What cannot be read of a sender or recipient is noted as it came."""
-        origin = self._origin
+        """Note a refusal in the journal, count it and hand it on. Without a sender it is one of the transaction at hand."""
+        origin, transaction = self._origin, self.transaction
+        if transaction is not None and not sender:
+            sender, recipients = transaction.sender or "<>", recipients or ",".join(transaction.recipients)
         self._door.count(reason or reason_of(reply))
         self._door.journal.refused(
             session=origin.session, listener=origin.listener, client=origin.client, sender=sender, recipients=recipients, reply=str(reply)
@@ -197,7 +198,7 @@ class Dialogue:
             return _UNKNOWN
         if not self._client_name:
             return _NEED_HELLO
-        if (refusal := logins.refusal(self._peer, self._origin, inside=self._transaction is not None)) is not None:
+        if (refusal := logins.refusal(self._peer, self._origin, inside=self.transaction is not None)) is not None:
             return refusal
         self._login = Exchange()
         return self._proceed(self._login.begin(argument))
@@ -216,7 +217,7 @@ class Dialogue:
     def _mail(self, argument: str) -> Reply:
         if not self._client_name:
             return _NEED_HELLO
-        if self._transaction is not None:
+        if self.transaction is not None:
             return _NESTED_MAIL
         if self._door.demands_tls(self._peer):
             return self.refuse(_TLS_FIRST)
@@ -243,7 +244,7 @@ class Dialogue:
         opened = self._door.intake.begin(self._origin, self._client_name, protocol, sender, smtputf8=smtputf8, ret=ret, envid=envid)
         if isinstance(opened, Reply):
             return self.refuse(opened, sender or "<>")
-        self._transaction = opened
+        self.transaction = opened
         return _SENDER_OK
 
     def _protocol(self, *, smtputf8: bool) -> str:
@@ -273,7 +274,7 @@ class Dialogue:
         return None
 
     def _rcpt(self, argument: str) -> Reply:
-        transaction = self._transaction
+        transaction = self.transaction
         if transaction is None:
             return _NEED_MAIL
         if self.chunks is not None:
@@ -284,21 +285,21 @@ class Dialogue:
             if text:
                 parameters = parse_parameters(text)
                 if any(keyword not in ("NOTIFY", "ORCPT") and not keyword.startswith("X") for keyword in parameters):
-                    return self.refuse(_UNKNOWN_PARAMETER, transaction.sender or "<>", told(argument))
+                    return self.refuse(_UNKNOWN_PARAMETER, recipients=told(argument))
                 notify, orcpt = dsn.recipient_wishes(parameters, smtputf8=transaction.smtputf8)
         except AddressError as error:
-            return self.refuse(Reply(501, "5.1.3", f"Bad recipient address: {error}"), transaction.sender or "<>", told(argument))
+            return self.refuse(Reply(501, "5.1.3", f"Bad recipient address: {error}"), recipients=told(argument))
         except (_KeywordMissing, ParameterError):
-            return self.refuse(_SYNTAX, transaction.sender or "<>", told(argument))
+            return self.refuse(_SYNTAX, recipients=told(argument))
         if not address:
-            return self.refuse(Reply(501, "5.1.3", "Bad recipient address: it is empty"), transaction.sender or "<>", "<>")
+            return self.refuse(Reply(501, "5.1.3", "Bad recipient address: it is empty"), recipients="<>")
         if not transaction.smtputf8 and not address.isascii():
-            return self.refuse(Reply(550, "5.6.7", "A non-ASCII address needs SMTPUTF8"), transaction.sender or "<>", address)
+            return self.refuse(Reply(550, "5.6.7", "A non-ASCII address needs SMTPUTF8"), recipients=address)
         reply = self._door.intake.add(transaction, Recipient(address, notify, orcpt), limit=self._door.settings.recipients)
-        return _RECIPIENT_OK if reply is None else self.refuse(reply, transaction.sender or "<>", address)
+        return _RECIPIENT_OK if reply is None else self.refuse(reply, recipients=address)
 
     def _data(self, argument: str) -> Reply:
-        transaction = self._transaction
+        transaction = self.transaction
         if argument.strip():
             return _SYNTAX
         if transaction is None:
@@ -308,7 +309,7 @@ class Dialogue:
         if self.chunks is not None:
             return _CHUNKS_BEGUN
         if (obstacle := self._door.obstacle()) is not None:
-            return self.refuse(obstacle, transaction.sender or "<>", ",".join(transaction.recipients))
+            return self.refuse(obstacle)
         self.expects = CONTENT
         return _GO_AHEAD
 
@@ -329,7 +330,7 @@ class Dialogue:
         return None
 
     def _chunks_refusal(self, size: int) -> Reply | None:
-        transaction = self._transaction
+        transaction = self.transaction
         if transaction is None:
             return _NEED_MAIL
         if not transaction.recipients:
@@ -341,7 +342,7 @@ class Dialogue:
         except Exception as error:  # law 9
             self._door.journal.fault("BDAT from a client", error, session=self._origin.session)
             return FAULT
-        return self.refuse(obstacle, transaction.sender or "<>", ",".join(transaction.recipients)) if obstacle is not None else None
+        return self.refuse(obstacle) if obstacle is not None else None
 
     def _starttls(self, argument: str) -> Reply:
         if self._door.settings.security != "starttls":

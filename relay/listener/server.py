@@ -48,6 +48,7 @@ _TOO_MANY_ERRORS = Reply(421, "4.7.0", "Too many errors")
 _TOO_MANY_COMMANDS = Reply(421, "4.7.0", "Too many commands")
 _IDLE = Reply(421, "4.4.2", "Idle for too long")
 _SLOW = Reply(421, "4.4.2", "Too slow")
+_LOST = Reply(421, "4.4.2", "Connection lost before the end of the content")  # for the log: nobody is there any more
 _LINE_TOO_LONG = Reply(500, "5.5.2", "Line too long")
 _RESPONSE_TOO_LONG = Reply(500, "5.5.6", "Authentication response too long")
 
@@ -155,7 +156,10 @@ class Session(Connection):
         if self._admitted:
             self._admitted = False
             self._door.access.leave(self._origin.client)
-        self._dialogue.forget()
+        dialogue = self._dialogue
+        if dialogue.transaction is not None and (dialogue.expects in (CONTENT, CHUNK) or dialogue.chunks is not None or self._adrift):
+            dialogue.refuse(_LOST, reason="lost")
+        dialogue.forget()
         self._input.abandon()
         self._door.closed(self)
 

@@ -176,7 +176,37 @@ async def test_a_client_that_leaves_within_content_leaves_nothing(tmp_path: Path
                     client.reset()
         await eventually(lambda: front.door.sessions == 0)
         await eventually(lambda: not front.arriving, "files of what was not taken to go")
-        assert front.events() == []
+        assert [event["event"] for event in front.events()] == ["refused"]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [ENVELOPE + b"DATA\r\n" + MESSAGE, ENVELOPE + b"DATA\r\n" + LARGE, ENVELOPE + b"BDAT 4\r\nab", ENVELOPE + b"BDAT 4\r\nab\r\nNOOP\r\n"],
+    ids=["content", "large content", "within a chunk", "between chunks"],
+)
+async def test_a_message_that_broke_off_is_told_of(tmp_path: Path, sent: bytes) -> None:
+    async with Front(tmp_path) as front:
+        async with front.client() as client:
+            await client.greet()
+            await client.send(sent)
+            await client.expect(250)
+        await eventually(lambda: front.door.sessions == 0)
+        (event,) = front.events("refused")
+        assert (event["sender"], event["recipients"]) == ("app@acme.example", "you@example.org")
+        assert event["reply"] == "421 4.4.2 Connection lost before the end of the content"
+        assert front.counted("lost") == 1
+
+
+async def test_a_client_that_leaves_between_commands_is_nobodys_business(tmp_path: Path) -> None:
+    async with Front(tmp_path) as front:
+        for sent in (b"", ENVELOPE, ENVELOPE + b"DATA\r\n" + MESSAGE + b".\r\n"):
+            async with front.client() as client:
+                await client.greet()
+                await client.send(sent)
+                for _ in range(sent.count(b"TO") + sent.count(b"\r\n.") + bool(sent)):
+                    await client.reply()
+            await eventually(lambda: front.door.sessions == 0)
+        assert front.events("refused") == []
 
 
 async def test_a_reset_while_content_is_written_ends_the_session(tmp_path: Path) -> None:
