@@ -5,7 +5,7 @@ A part of `config.model`, and under its rules: attribute names are the keys of t
 """
 
 from ipaddress import ip_network
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, WithJsonSchema, model_validator
 
@@ -33,6 +33,13 @@ LOOPBACK: Final = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 EVERYONE: Final = (ip_network("0.0.0.0/0"), ip_network("::/0"))
 
 
+def _no_empty_list(value: Any) -> Any:
+    """A template that came out empty would leave the listener open to whoever it was closed to."""
+    if value == []:
+        raise ValueError("is empty: name the proxies, or leave it out where there is none")
+    return value
+
+
 def _known_hosts(network: values.Network, info: ValidationInfo) -> values.Network:
     """A listener for everybody is no open relay where everybody has to log in. When `auth` is broken, that is said alone."""
     if info.data.get("auth", "required") == "required":
@@ -58,7 +65,7 @@ class Listener(Section):
         default_factory=lambda data: EVERYONE if data.get("auth") == "required" else LOOPBACK,
         description="who may connect; default: everyone where auth is required, else loopback",
     )
-    proxy_protocol: Annotated[tuple[TrustedSource, ...], null_or_list(str)] = Field(
+    proxy_protocol: Annotated[tuple[TrustedSource, ...], null_or_list(str), BeforeValidator(_no_empty_list)] = Field(
         default=(), description="the proxies that are believed: only they connect, and say with the PROXY protocol for whom"
     )
     message_size: Size = Field(default=50_000_000, description="the largest message")

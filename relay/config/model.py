@@ -6,6 +6,7 @@ unwise in `config.lint`. Context for validation: `environ` and `base`, where rel
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -86,6 +87,8 @@ def _reject_text(value: str) -> str:
         raise ValueError("must say something to the client")
     if not value.isascii() or len(value) > 450:
         raise ValueError("must be at most 450 ASCII characters, as it is part of an SMTP reply")
+    if re.match(r"[2-5]\d\d\b", value):
+        raise ValueError("leave out the code: every such reply begins with 550 5.7.1")
     return value
 
 

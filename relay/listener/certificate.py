@@ -159,5 +159,5 @@ def _context(pair: Pair, minimum: str) -> ssl.SSLContext:
     if context.minimum_version < ssl.TLSVersion.TLSv1_2:
         context.set_ciphers(_OLD_CIPHERS)
     context.options |= ssl.OP_NO_RENEGOTIATION  # a client that asks for it again and again is after our processor
-    context.load_cert_chain(pair.certificate, pair.key)
+    context.load_cert_chain(pair.certificate, pair.key, password="")  # what has a passphrase after all asks nobody
     return context

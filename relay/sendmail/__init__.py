@@ -75,7 +75,7 @@ def _run(name: str, options: Options) -> int:
 def _deliver(name: str, options: Options) -> int:
     letter = _letter(options)
     said: list[str] = []
-    for endpoint in endpoints(os.environ):
+    for endpoint in endpoints(os.environ, said):
         try:
             answer = submit(endpoint, letter, _show if options.verbose else lambda _: None)
         except Unreachable as error:
@@ -174,8 +174,8 @@ def _full_name(options: Options) -> str:
 def _pipe(name: str) -> int:
     from relay.sendmail.pipe import exchange
 
-    said = []
-    for endpoint in endpoints(os.environ):
+    said: list[str] = []
+    for endpoint in endpoints(os.environ, said):
         try:
             connection = connect(endpoint)
         except Unreachable as error:

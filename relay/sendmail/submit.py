@@ -42,15 +42,20 @@ class Refused(Exception):
         self.code = code
 
 
-def endpoints(environ: Mapping[str, str]) -> list[Endpoint]:
-    """Where to try: `$RELAY_SMTP` (host:port, or unix:/path), the Unix socket, and the default listener. Raises ValueError."""
+def endpoints(environ: Mapping[str, str], said: list[str]) -> list[Endpoint]:
+    """Where to try: `$RELAY_SMTP` (host:port, or unix:/path), the Unix socket, and the default listener. What is wrong with the variable
+    goes to what the endpoints have `said`: mail is not lost over it."""
     found: list[Endpoint] = [DEFAULT_SOCKET, ("127.0.0.1", _DEFAULT_PORT)]
     if named := environ.get("RELAY_SMTP", ""):
-        found.insert(0, _endpoint(named))
+        try:
+            found.insert(0, _endpoint(named))
+        except ValueError as error:
+            said.append(str(error))
     return list(dict.fromkeys(found))
 
 
 def _endpoint(text: str) -> Endpoint:
+    """Raises ValueError."""
     if text.startswith(("unix:", "/")):
         return text.removeprefix("unix:")
     host, colon, port = text.rpartition(":")

@@ -144,6 +144,14 @@ async def test_without_relay_and_folder_it_says_try_again(tmp_path: Path) -> Non
     assert said.endswith("nothing was sent, try again\n")
 
 
+async def test_what_is_wrong_with_the_variable_is_said_and_the_message_goes_elsewhere(tmp_path: Path) -> None:
+    drop = tmp_path / "drop"
+    drop.mkdir()
+    code, said = await execute(sendmail_in(tmp_path), "-v", "you@example.org", stdin=LF, RELAY_SMTP="here:there", RELAY_DROP=str(drop))
+    assert code == 0 and "$RELAY_SMTP is host:port or unix:/path, not 'here:there'; " in said
+    assert len(os.listdir(drop)) == 1
+
+
 GREETING, HELLO = b"220 x\r\n", b"250-x\r\n250 PIPELINING\r\n"
 
 

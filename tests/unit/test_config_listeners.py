@@ -104,7 +104,7 @@ def test_a_client_is_from_a_network_or_is_a_user_and_never_both(sources: tuple[s
         ({"proxy_protocol": "10.9.9.9", "networks": "192.0.2.0/24"}, False),
         ({"proxy_protocol": "10.9.9.9", "networks": "127.0.0.0/8"}, False),
         ({"proxy_protocol": "10.9.9.9", "auth": "required"}, False),
-        ({"proxy_protocol": []}, False),
+        ({"proxy_protocol": None}, False),
         ({}, False),
     ],
 )
