@@ -381,13 +381,13 @@ async def test_no_mail_is_taken_into_a_file_that_was_removed_until_it_is_back(tm
     path, aside = tmp_path / "spool" / name, tmp_path / "aside"
     path.rename(aside)
     await put_next_second(spool, clock)
-    assert f"{path} was removed or replaced" in (spool.unhealthy() or "")
+    assert f"{path} was removed or replaced" in str(spool.obstacle())
     path.touch()
     await put_next_second(spool, clock)
-    assert spool.unhealthy(), "another one of this name is no help"
+    assert spool.obstacle() is not None, "another one of this name is no help"
     aside.rename(path)
     await put_next_second(spool, clock)
-    assert spool.unhealthy() is None
+    assert spool.obstacle() is None
     await spool.close()
 
 
