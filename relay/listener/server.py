@@ -56,6 +56,8 @@ _RESPONSE_TOO_LONG = Reply(500, "5.5.6", "Authentication response too long")
 class Session(Connection):
     """One connection from one client. Its owner is the Door that it came through."""
 
+    _farewell: tuple[Reply, str] = (_LOST, "lost")  # what the log has of a message that breaks off, and as what it counts
+
     # -- the connection's life --------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -130,6 +132,7 @@ class Session(Connection):
             self.abort()
         elif self._taking is None and self._dialogue.expects not in (CONTENT, CHUNK) and not self._closing:
             self._say(_STOPPING)
+            self._farewell = _STOPPING, "stopping"
             self._hang_up()
 
     def expire(self) -> None:
@@ -140,8 +143,12 @@ class Session(Connection):
             self.transport.abort()
             return
         slow = self._receives or self._skipping or bool(self._input.buffer)
-        self._door.count("unread" if self._stalled else "slow" if slow else "idle")
-        self._say(_SLOW if slow and not self._stalled else _IDLE)
+        reply, reason = (_IDLE, "unread") if self._stalled else (_SLOW, "slow") if slow else (_IDLE, "idle")
+        if self._receives:
+            self._farewell = reply, reason  # told of with the message, unless that is taken all the same
+        else:
+            self._door.count(reason)
+        self._say(reply)
         self._hang_up()
 
     def _hang_up(self) -> None:
@@ -157,8 +164,9 @@ class Session(Connection):
             self._admitted = False
             self._door.access.leave(self._origin.client)
         dialogue = self._dialogue
-        if dialogue.transaction is not None and (dialogue.expects in (CONTENT, CHUNK) or dialogue.chunks is not None or self._adrift):
-            dialogue.refuse(_LOST, reason="lost")
+        if dialogue.transaction is not None and self._receives and (dialogue.chunks is None or dialogue.chunks.refusal is None):
+            reply, reason = self._farewell
+            dialogue.refuse(reply, reason=reason)
         dialogue.forget()
         self._input.abandon()
         self._door.closed(self)
@@ -185,6 +193,7 @@ class Session(Connection):
             if self._door.stopping:
                 replies.append(remembered(_STOPPING))
                 self._write(b"".join(replies))
+                self._farewell = _STOPPING, "stopping"
                 self._hang_up()
                 return
             reply = self._next_reply()
@@ -222,7 +231,11 @@ class Session(Connection):
         if reply.code in (220, 221, 421) or (reply.code >= 500 and reply in CLOSING):
             self._write(b"".join(replies))
             replies.clear()
-            self._secure() if reply.code == 220 else self._hang_up()
+            if reply.code == 220:
+                self._secure()
+            else:
+                self._dialogue.forget()  # nobody has lost what ends with a word
+                self._hang_up()
 
     def _is_one_error_too_many(self) -> bool:
         self._errors += 1

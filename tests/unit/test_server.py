@@ -197,6 +197,49 @@ async def test_a_message_that_broke_off_is_told_of(tmp_path: Path, sent: bytes) 
         assert front.counted("lost") == 1
 
 
+@pytest.mark.parametrize("sent", [b"DATA\r\n" + MESSAGE, b"BDAT 4\r\nab", b"BDAT 2\r\nab"], ids=["content", "within a chunk", "between"])
+async def test_a_message_that_came_too_slowly_is_told_of_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr(server, "IDLE_SECONDS", 0.3)
+    async with Front(tmp_path) as front, front.client() as client:
+        await client.greet()
+        await client.send(ENVELOPE + sent)
+        await eventually(lambda: front.door.sessions == 0)
+        (event,) = front.events("refused")
+        assert (event["recipients"], event["reply"]) == ("you@example.org", "421 4.4.2 Too slow")
+        assert (front.counted("slow"), front.counted("lost")) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        (b"BDAT 4\r\nabcdQUIT\r\n", []),
+        (b"BDAT 2000\r\n" + bytes(2000) + b"QUIT\r\n", ["552 5.3.4 Message too large"]),
+        (b"BDAT 2000\r\n" + bytes(2000), ["552 5.3.4 Message too large"]),
+        (b"BDAT 4\r\nabcd" + b"FOO\r\n" * 10, ["421 4.7.0 Too many errors"]),
+    ],
+    ids=["given up", "refused, then given up", "refused, then left", "too many errors"],
+)
+async def test_a_message_that_ended_with_a_word_is_not_told_of_as_lost(tmp_path: Path, sent: bytes, told: list[str]) -> None:
+    async with Front(tmp_path, listener={"message_size": 1000}) as front:
+        async with front.client() as client:
+            await client.greet()
+            await client.send(ENVELOPE + sent)
+            client.finish_sending()
+            await eventually(lambda: front.door.sessions == 0)
+        assert [event["reply"] for event in front.events("refused")] == told
+
+
+async def test_a_chunked_message_that_a_stop_ends_is_told_of_as_that(tmp_path: Path) -> None:
+    async with Front(tmp_path) as front, front.client() as client:
+        await client.greet()
+        await client.send(ENVELOPE + b"BDAT 2\r\nab")
+        for _ in range(3):
+            await client.expect(250)
+        front.door.stop()
+        await eventually(lambda: front.door.sessions == 0)
+        assert [event["reply"] for event in front.events("refused")] == ["421 4.3.2 Service shutting down"]
+
+
 async def test_a_client_that_leaves_between_commands_is_nobodys_business(tmp_path: Path) -> None:
     async with Front(tmp_path) as front:
         for sent in (b"", ENVELOPE, ENVELOPE + b"DATA\r\n" + MESSAGE + b".\r\n"):
