@@ -164,14 +164,14 @@ class Dialogue:
         self._origin = self._origin._replace(user="")
         self.expects, self.upgrading = COMMANDS, False
 
-    def refuse(self, reply: Reply, sender: str = "", recipients: str = "", *, reason: str = "") -> Reply:
+    def refuse(self, reply: Reply, sender: str = "", recipients: str | None = None, *, reason: str = "") -> Reply:
         """Note a refusal in the journal, count it and hand it on. Without a sender it is one of the transaction at hand."""
-        origin, transaction = self._origin, self.transaction
+        who, transaction = self._origin, self.transaction
         if transaction is not None and not sender:
-            sender, recipients = transaction.sender or "<>", recipients or ",".join(transaction.recipients)
+            sender, recipients = transaction.sender or "<>", ",".join(transaction.recipients) if recipients is None else recipients
         self._door.count(reason or reason_of(reply))
         self._door.journal.refused(
-            session=origin.session, listener=origin.listener, client=origin.client, sender=sender, recipients=recipients, reply=str(reply)
+            session=who.session, listener=who.listener, client=who.client, sender=sender, recipients=recipients or "", reply=str(reply)
         )
         return reply
 

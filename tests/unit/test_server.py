@@ -240,6 +240,16 @@ async def test_a_chunked_message_that_a_stop_ends_is_told_of_as_that(tmp_path: P
         assert [event["reply"] for event in front.events("refused")] == ["421 4.3.2 Service shutting down"]
 
 
+async def test_a_recipient_that_is_not_even_named_blames_none_that_was_taken(tmp_path: Path) -> None:
+    async with Front(tmp_path) as front, front.client() as client:
+        await client.greet()
+        await client.send(ENVELOPE + b"RCPT\r\n")
+        for code in (250, 250, 501):
+            await client.expect(code)
+        (event,) = front.events("refused")
+        assert (event["sender"], event.get("recipients", "")) == ("app@acme.example", "")
+
+
 async def test_a_client_that_leaves_between_commands_is_nobodys_business(tmp_path: Path) -> None:
     async with Front(tmp_path) as front:
         for sent in (b"", ENVELOPE, ENVELOPE + b"DATA\r\n" + MESSAGE + b".\r\n"):
