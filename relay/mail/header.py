@@ -30,7 +30,9 @@ _FIELD = re.compile(rb"[^\n]*\n(?:[ \t][^\n]*\n?)*|[^\n]+")
 _NAME = re.compile(rb"([!-9;-~]++)\s*+:")
 _FIELD_NAME = re.compile(r"[!-9;-~]{1,76}")
 # Begins with a literal, which `re` finds much faster than `^`.
-_SCANNED = re.compile(rb"\n(received|message-id|date|from|sender|to|cc|subject)\s*+:([^\n]*+(?:\n[ \t][^\n]*+)*+)", re.IGNORECASE)
+_SCANNED = re.compile(
+    rb"\n(received|message-id|date|from|sender|to|cc|subject)[^\S\n]*+(?:\n[ \t][^\S\n]*+)*:([^\n]*+(?:\n[ \t][^\n]*+)*+)", re.IGNORECASE
+)
 _FOLD = re.compile(rb"\r?\n(?=[ \t])")
 _WORD = r"=\?([!-)+-<>@-Z^-~]{1,40})(?:\*[A-Za-z0-9-]*)?\?([bBqQ])\?([^?\s]*)\?="
 _ENCODED_WORD = re.compile(_WORD)

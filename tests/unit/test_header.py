@@ -269,6 +269,13 @@ def test_hostile_headers_cost_linear_time() -> None:
     assert time.process_time() - start < 20
 
 
+@pytest.mark.parametrize("between", [b"", b" \t", b"\x0b", b"\r\n ", b"\n\t \r\n ", b"\r\n", b"\n", b" \r\n \r\n"])
+def test_intake_sees_the_fields_that_there_are(between: bytes) -> None:
+    """A From that only the check sees would let a message without one through."""
+    block = b"Subject: x\r\nFrom" + between + b":a@acme.example\r\nTo: b@example.org\r\n"
+    assert sorted(scan(block)) == sorted(part.name.lower() for part in fields(block) if part.name)
+
+
 def test_a_field_name_is_printable_ascii_without_a_colon() -> None:
     assert is_field_name("X-Tenant")
     assert not any(is_field_name(name) for name in ("", "X Y", "X:", "Ü", "X\r\n", "x" * 77))
