@@ -87,7 +87,7 @@ def _reject_text(value: str) -> str:
         raise ValueError("must say something to the client")
     if not value.isascii() or len(value) > 450:
         raise ValueError("must be at most 450 ASCII characters, as it is part of an SMTP reply")
-    if re.match(r"[2-5]\d\d\b", value):
+    if re.match(r"[45][0-5]\d(?:[ -]|\Z)", value):
         raise ValueError("leave out the code: every such reply begins with 550 5.7.1")
     return value
 

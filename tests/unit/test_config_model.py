@@ -288,3 +288,11 @@ def test_a_relative_path_begins_at_the_base_of_the_context(tmp_path: Path) -> No
     (tmp_path / "secret").write_text("x")
     keys = {"host": "a.example", "username": "a", "password": {"file": "secret"}}
     assert Upstream.model_validate(keys, context={"base": tmp_path, "environ": {}}).password == Secret("x")
+
+
+def test_the_text_of_a_refusal_may_begin_with_a_number_but_not_with_the_code_of_a_refusal() -> None:
+    for text in ("365 days are over", "2024 is over", "5.7.1 is what it says anyway", "550th of its kind"):
+        assert Config.model_validate({"routes": [{"reject": text}]}).routes[0].reject == text
+    for text in ("550", "550 no", "550-5.7.1 no", "451 4.7.1 later"):
+        with pytest.raises(ValidationError, match="leave out the code"):
+            Config.model_validate({"routes": [{"reject": text}]})
