@@ -167,10 +167,10 @@ def _proxied(config: Config) -> Iterator[Problem]:
 
 
 def _shut(config: Config) -> Iterator[Problem]:
-    """Listeners that the network reaches, and that then let nobody in from there."""
+    """Listeners that the network reaches, and that then let nobody in from there. A name may be this machine alone: ip6-localhost."""
     for place, listener in enumerate(config.listeners):
         by_default = "networks" not in listener.model_fields_set and listener.auth != "required"
-        if by_default and not listener.proxy_protocol and listener.host and not _is_loopback(listener.host):
+        if by_default and not listener.proxy_protocol and _addresses(listener.host) and not _is_loopback(listener.host):
             message = "without `networks` only this machine may connect: name those of your apps, or bind to 127.0.0.1"
             yield Problem(("listeners", place, "bind"), message, "warning")
 
