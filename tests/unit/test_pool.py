@@ -255,6 +255,25 @@ async def test_what_421_says_to_one_recipient_holds_for_all_whom_the_end_of_the_
         assert words(outcomes) == [meant, "failed recipient rcpt", meant, meant]
 
 
+async def test_what_421_says_to_one_recipient_is_not_the_fate_of_a_message_that_was_handed_over() -> None:
+    """Else who may have it would go to the fallback, where that is sure to be a second copy."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 odd.test\r\n")
+        replies = {b"EHLO": b"250-odd.test\r\n250 PIPELINING", b"DATA": b"354 all the same"}
+        while line := await reader.readline():
+            told = b"421 4.3.2 Shutting down" if b"<b@" in line else replies.get(line[:4], b"250 Ok")
+            writer.write(told + b"\r\n")
+            if line == b"DATA\r\n":
+                await reader.readuntil(b"\r\n.\r\n")
+                return
+
+    async with raw_server(serve) as upstream, pool_to(acme=upstream) as pool:
+        doubt = "deferred upstream final in_doubt"
+        outcomes = await pool.send("acme", outgoing(*(f"{name}@example.org" for name in "abc")))
+        assert words(outcomes) == [doubt, "deferred upstream rcpt fallback", doubt]
+
+
 async def test_nothing_is_retried_once_mail_was_answered() -> None:
     async with ScriptedUpstream() as server, pool_to(acme=settings(server)) as pool:
         assert all_sent(await pool.send("acme", outgoing()))
@@ -403,6 +422,34 @@ async def test_a_request_to_slow_down_at_rset_is_no_reason_to_connect_again(pipe
         server.heal()
         assert all_sent(await pool.send("acme", outgoing()))
         assert len(server.accepted) == 1
+
+
+@pytest.mark.parametrize("reads_on", [True, False])
+async def test_a_flight_is_in_doubt_where_what_slowed_us_down_at_rset_does_not_close(reads_on: bool) -> None:
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        writer.write(b"220 odd.test\r\n")
+        refused = {b"RCPT": b"550 5.1.1 nobody", b"BDAT": b"503 5.5.1 for nobody"} if connections == 1 else {b"BDAT": b"451 4.3.0 later"}
+        replies = {b"EHLO": b"250-odd.test\r\n250-PIPELINING\r\n250 CHUNKING", **refused}
+        while line := await reader.readline():
+            if line.startswith(b"BDAT"):
+                await reader.readexactly(int(line.split()[1]))
+            told = b"421 4.7.0 Slow down" if line == b"RSET\r\n" else replies.get(line[:4], b"250 Ok")
+            writer.write(told + b"\r\n")
+            if line == b"RSET\r\n":
+                replies = {}  # and takes it
+                if not reads_on:
+                    await reader.read()
+
+    async with raw_server(serve) as upstream:
+        hasty = upstream.model_copy(update={"timeouts": upstream.timeouts.model_copy(update={"command": 0.2, "final": 0.2})})
+        async with pool_to(acme=hasty) as pool:
+            assert words(await pool.send("acme", outgoing())) == ["failed recipient rcpt"]
+            assert words(await pool.send("acme", outgoing())) == ["deferred message final in_doubt"]
+            assert connections == 2
 
 
 @pytest.mark.parametrize("pipelining", [True, False])
