@@ -21,7 +21,8 @@ from relay.observe.journal import Journal
 from relay.observe.metrics import Metrics
 from relay.spool.base import MessageId
 
-#: What comes while one message tries is put off for so long at most: how that ends is soon known, and nobody looks at its lane until then.
+#: What comes while one message tries is put off for so long at most: how that ends is soon known, and until then its lane is parked
+#: (`timeline`), so that little of it is looked at.
 _TRIAL_SECONDS = 5.0
 
 #: After being open for so long, mail has been put off far into the future and is worth looking for in the spool.
