@@ -21,7 +21,7 @@ from relay.delivery.verified import Verified
 from relay.mail.bounce import Action
 from relay.mail.envelope import Recipient
 from relay.mail.outcome import Outcome, Phase, Scope, Status
-from relay.mail.reply import Reply
+from relay.mail.reply import Reply, told
 from relay.observe.journal import Journal
 from relay.observe.metrics import Metrics
 from relay.routing import Router, upstreams_of
@@ -167,8 +167,8 @@ class Settler:
                 self._tell_degraded(claim, decided, fails=any(o.status is Status.DEFERRED for o in result.outcomes.values()))
             self._tell(claim, decided)
         self._tell_upstream(claim, result)
-        told = report.addresses(Action.FAILED)
-        self._tell_untold(claim, [r for r, _ in decided.failed if r.address not in told])
+        reported = report.addresses(Action.FAILED)
+        self._tell_untold(claim, [r for r, _ in decided.failed if r.address not in reported])
         due = [decided.next] if decided.next is not None and not decided.next.held else []
         return [*due, *self._tell_report(report)]
 
@@ -191,7 +191,7 @@ class Settler:
             except Exception as error:  # law 9
                 if left in (0, _REPORT_TRIES - 1):
                     self._journal.fault(f"a report to a sender, {'trying again' if left else 'given up'}", error, id=claim.id)
-                fault = str(error) or type(error).__name__
+                fault = told(str(error)) or type(error).__name__
             await asyncio.sleep(_AGAIN_SECONDS if left else 0)
         return Report(claim, fault=fault)
 

@@ -262,6 +262,20 @@ async def test_mail_whose_report_cannot_be_made_at_all_is_held_with_those_who_fa
     assert (event["recipients"], event["reply"]) == ("b@example.org", held.held)
 
 
+async def test_the_reason_of_a_hold_is_fit_to_be_shown_whatever_the_error_repeats(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> MessageId:
+        raise ValueError("bad header: \x1b[2J\n" + "x" * 100_000)
+
+    monkeypatch.setattr(settle, "_AGAIN_SECONDS", 0.0)
+    claim = await house.claim()
+    monkeypatch.setattr(house.spool, "new_id", fail)
+    await house.settle(claim, REFUSED)
+    (held,) = await house.spool.take(Selection(), 10)
+    assert "bad header: " in held.held
+    assert held.held.isprintable()
+    assert len(held.held) < 10_000
+
+
 async def test_mail_that_was_sent_is_not_held_for_its_report(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settle, "_AGAIN_SECONDS", 0.0)
     claim = await house.claim(Recipient("a@example.org", "SUCCESS"))
