@@ -10,6 +10,7 @@ import shutil
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -97,31 +98,38 @@ async def deliver(relay: RelayProcess, sink: Sink, domains: Sequence[str], count
 
 @pytest.mark.timeout(300)
 async def test_many_tenants_start_soon_fit_in_memory_and_cost_a_message_nothing(tmp_path: Path) -> None:
-    async with Sink() as sink:
+    async with Sink() as sink, AsyncExitStack() as stack:
         spent: dict[int, list[float]] = {10: [], TENANTS: []}
         start: dict[int, float] = {}
-        for count in (10, TENANTS):
+        relays: dict[int, RelayProcess] = {}
+        for count in spent:
             directory = tmp_path / str(count)
             directory.mkdir()
             began = time.perf_counter()
-            async with RelayProcess(tenants(directory / "spool", count, port=sink.port), directory=directory) as relay:
-                started, resident = time.perf_counter() - began, resident_bytes(relay.pid)
-                start[count] = cpu_seconds(relay.pid)
-                print(f"{count} tenants: listening after {started:.2f} s, {start[count]:.2f} s of CPU, {resident / 1e6:.0f} MB")
-                assert start[count] < START_RATIO * start[10]
-                assert resident < RESIDENT_BYTES
-                domains = [f"t{number}.example" for number in range(10)]
-                await deliver(relay, sink, domains, 50)
-                for _ in range(ROUNDS):
-                    cpu = cpu_seconds(relay.pid)
-                    await deliver(relay, sink, domains, MESSAGES)
-                    spent[count].append((cpu_seconds(relay.pid) - cpu) / MESSAGES)
-                everywhere = [f"t{number}.example" for number in range(0, count, max(1, count // MESSAGES))]
-                await deliver(relay, sink, everywhere, min(len(everywhere), MESSAGES))
-                assert await relay.terminate() == 0
-        few, many = (min(spent[count]) for count in (10, TENANTS))
-        print(f"a message: {few * 1e6:.0f} us of CPU with 10 tenants, {many * 1e6:.0f} us with {TENANTS}")
-        assert many < 1.5 * few
+            text = tenants(directory / "spool", count, port=sink.port)
+            relays[count] = relay = await stack.enter_async_context(RelayProcess(text, directory=directory))
+            started, resident = time.perf_counter() - began, resident_bytes(relay.pid)
+            start[count] = cpu_seconds(relay.pid)
+            print(f"{count} tenants: listening after {started:.2f} s, {start[count]:.2f} s of CPU, {resident / 1e6:.0f} MB")
+            assert start[count] < START_RATIO * start[10]
+            assert resident < RESIDENT_BYTES
+        domains = [f"t{number}.example" for number in range(10)]
+        for relay in relays.values():
+            await deliver(relay, sink, domains, 50)
+        for _ in range(ROUNDS):  # in turn: the speed of a machine that others use, too, changes within seconds
+            for count, relay in relays.items():
+                cpu = cpu_seconds(relay.pid)
+                await deliver(relay, sink, domains, MESSAGES)
+                spent[count].append((cpu_seconds(relay.pid) - cpu) / MESSAGES)
+        for count, relay in relays.items():
+            everywhere = [f"t{number}.example" for number in range(0, count, max(1, count // MESSAGES))]
+            await deliver(relay, sink, everywhere, min(len(everywhere), MESSAGES))
+            assert await relay.terminate() == 0
+        rounds = list(zip(*spent.values(), strict=True))
+        print(
+            "a message, us of CPU, with 10 and", TENANTS, "tenants:", ", ".join(f"{few * 1e6:.0f} {many * 1e6:.0f}" for few, many in rounds)
+        )
+        assert min(many / few for few, many in rounds) < 1.5
 
 
 async def fill(directory: Path, count: int) -> None:
